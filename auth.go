@@ -1,0 +1,233 @@
+package zejzlauth
+
+import (
+	"net/http"
+	"strings"
+
+	"github.com/zejzl/caddy-zejzl-auth/internal/key"
+)
+
+// credentialHeaders carry an API key whole. Authorization does so after its
+// scheme. Queries are never read: URLs end up in logs, histories and Referer.
+var credentialHeaders = [...]string{"X-Api-Key", "X-Goog-Api-Key", "Api-Key"}
+
+const (
+	authorizationHeader = "Authorization"
+	identityPrefix      = "x-zejzl-"
+
+	idHeader   = "X-Zejzl-Key-Id"
+	nameHeader = "X-Zejzl-Key-Name"
+	tierHeader = "X-Zejzl-Tier"
+)
+
+// readCredential finds the one credential of a request. Two lines of one
+// header or two different credentials are refused: whoever stands behind
+// might read the other one.
+func readCredential(h http.Header) (secret string, why reason) {
+	if lines := h[authorizationHeader]; len(lines) > 1 {
+		return "", reasonAmbiguousKey
+	} else if len(lines) == 1 {
+		secret, _ = bearerToken(lines[0])
+	}
+	for _, name := range credentialHeaders {
+		lines := h[name]
+		if len(lines) == 0 {
+			continue
+		}
+		if len(lines) > 1 {
+			return "", reasonAmbiguousKey
+		}
+		if lines[0] == "" {
+			continue
+		}
+		if secret != "" && secret != lines[0] {
+			return "", reasonAmbiguousKey
+		}
+		secret = lines[0]
+	}
+	if secret == "" {
+		return "", reasonMissingKey
+	}
+	return secret, reasonNone
+}
+
+// bearerToken takes the token of `Bearer <token>`: the scheme in any case,
+// then spaces (RFC 9110, 11.1). ok tells that the scheme is Bearer.
+func bearerToken(value string) (token string, ok bool) {
+	const scheme = "bearer"
+	if len(value) < len(scheme) || !strings.EqualFold(value[:len(scheme)], scheme) {
+		return "", false
+	}
+	rest := value[len(scheme):]
+	token = strings.TrimLeft(rest, " ")
+	if len(token) == len(rest) && rest != "" {
+		// "Bearerx" is another scheme; a tab is no separator but no part of a scheme either
+		return token, rest[0] == '\t'
+	}
+	return token, true
+}
+
+// authenticate finds the key that a secret opens. Unknown, expired, revoked
+// and malformed are one answer to the caller; the log may know more, so a key
+// that is not active is returned too.
+func (g *Guard) authenticate(secret string) (k *key.Key, status key.Status) {
+	if !key.WellFormed(secret) {
+		return nil, key.Active
+	}
+	entry, ok := g.lookup(key.Sum(secret))
+	if !ok {
+		return nil, key.Active
+	}
+	if entry.Timed() {
+		status = entry.Status(g.clock.wall())
+	}
+	return entry.Key, status
+}
+
+func (g *Guard) lookup(d key.Digest) (key.Entry, bool) {
+	if g.keyring != nil {
+		if entry, ok := g.keyring.Lookup(d); ok {
+			return entry, true
+		}
+	}
+	return g.app.keyring.Lookup(d)
+}
+
+// identify tells the backend who calls, in headers that no client can write:
+// every spelling of them was removed before, and their names are taken out of
+// Connection, which would else make the proxy drop them (CVE-2021-32813).
+func identify(h http.Header, k *key.Key, tierName string) {
+	values := [...]string{k.ID, tierName, k.Name}
+	own := values[:]
+	h[idHeader] = own[0:1:1]
+	h[tierHeader] = own[1:2:2]
+	if k.Name != "" {
+		h[nameHeader] = own[2:3:3]
+	}
+}
+
+// cleanRequest removes what a client must not send through the guard.
+func (g *Guard) cleanRequest(h http.Header, rt route, keyed bool) {
+	for name := range h {
+		switch {
+		case isIdentityHeader(name), name == "Proxy": // Proxy: CGI backends take it for HTTP_PROXY (httpoxy)
+			delete(h, name)
+		case !keyed && isOverrideHeader(name):
+			// A public GET must not become another method or path behind the guard.
+			delete(h, name)
+		}
+	}
+	if lines, ok := h["Connection"]; ok {
+		setConnection(h, lines, isIdentityHeader)
+	}
+	if rt == open {
+		g.removeOwnCredentials(h)
+		return
+	}
+	if !g.ForwardCredentials {
+		removeCredentials(h)
+	}
+}
+
+// removeCredentials keeps an Authorization of another scheme, such as Basic
+// for the backend: the guard never read it.
+func removeCredentials(h http.Header) {
+	for _, name := range credentialHeaders {
+		delete(h, name)
+	}
+	if lines := h[authorizationHeader]; len(lines) > 0 {
+		for _, line := range lines {
+			if _, ok := bearerToken(line); ok || line == "" {
+				delete(h, authorizationHeader)
+				return
+			}
+		}
+	}
+}
+
+// removeOwnCredentials removes keys of ours from a request outside the
+// guard's paths, which carries its credentials to whom they belong otherwise.
+func (g *Guard) removeOwnCredentials(h http.Header) {
+	for _, name := range credentialHeaders {
+		for _, line := range h[name] {
+			if g.isOurs(line) {
+				delete(h, name)
+				break
+			}
+		}
+	}
+	for _, line := range h[authorizationHeader] {
+		if token, _ := bearerToken(line); g.isOurs(token) {
+			delete(h, authorizationHeader)
+			break
+		}
+	}
+}
+
+func (g *Guard) isOurs(secret string) bool {
+	if key.Shaped(secret) {
+		return true
+	}
+	if !key.WellFormed(secret) {
+		return false
+	}
+	_, ok := g.lookup(key.Sum(secret))
+	return ok
+}
+
+func isIdentityHeader(name string) bool { return hasFoldedPrefix(name, identityPrefix) }
+
+// isOverrideHeader tells headers by which a backend may take a request for
+// another method or path than the guard judged.
+func isOverrideHeader(name string) bool {
+	if len(name) < len("X-Http-Method") || name[0]|0x20 != 'x' {
+		return false
+	}
+	for _, override := range [...]string{
+		"x-http-method", "x-method-override", "x-original-url", "x-rewrite-url", "x-original-uri", "x-forwarded-uri",
+	} {
+		if hasFoldedPrefix(name, override) {
+			return true
+		}
+	}
+	return false
+}
+
+// removeForeignUpgrade ends upgrades to anything but a websocket: behind an
+// h2c tunnel the guard would see no more requests.
+func removeForeignUpgrade(h http.Header) {
+	upgrade, ok := h["Upgrade"]
+	if !ok || len(upgrade) == 1 && strings.EqualFold(upgrade[0], "websocket") {
+		return
+	}
+	delete(h, "Upgrade")
+	delete(h, "Http2-Settings")
+	if lines, ok := h["Connection"]; ok {
+		setConnection(h, lines, func(token string) bool {
+			return strings.EqualFold(token, "upgrade") || strings.EqualFold(token, "http2-settings")
+		})
+	}
+}
+
+// setConnection takes tokens out of Connection, and the header if none stays.
+func setConnection(h http.Header, lines []string, remove func(token string) bool) {
+	var kept []string
+	removed := false
+	for _, line := range lines {
+		for token := range strings.SplitSeq(line, ",") {
+			token = strings.TrimSpace(token)
+			if remove(token) {
+				removed = true
+			} else if token != "" {
+				kept = append(kept, token)
+			}
+		}
+	}
+	switch {
+	case !removed:
+	case len(kept) == 0:
+		delete(h, "Connection")
+	default:
+		h["Connection"] = []string{strings.Join(kept, ", ")}
+	}
+}

@@ -1,0 +1,404 @@
+package zejzlauth
+
+import (
+	"strconv"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func init() {
+	httpcaddyfile.RegisterHandlerDirective("zejzl_auth", parseDirective)
+	// The guard is the outer ring: redirects, rewrites and body limits run
+	// inside it, so nothing they answer goes out unguarded.
+	httpcaddyfile.RegisterDirectiveOrder("zejzl_auth", httpcaddyfile.After, "header")
+	httpcaddyfile.RegisterGlobalOption("zejzl", parseGlobalOption)
+}
+
+func parseDirective(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	g := new(Guard)
+	if err := g.UnmarshalCaddyfile(h.Dispenser); err != nil {
+		return nil, err
+	}
+	return g, nil
+}
+
+func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
+	if existing != nil {
+		return nil, d.Err("the zejzl option is already given")
+	}
+	a := new(App)
+	if err := a.UnmarshalCaddyfile(d); err != nil {
+		return nil, err
+	}
+	return httpcaddyfile.App{Name: "zejzl", Value: caddyconfig.JSON(a, nil)}, nil
+}
+
+// UnmarshalCaddyfile sets up the guard from Caddyfile tokens:
+//
+//	zejzl_auth [<matcher>] {
+//		protect <paths...>
+//		public <paths...>
+//		key <secret> [<tier> [<name>]]
+//		tier <name> [<N>/<window>] {
+//			requests <N>/<window> ...
+//			concurrent <N>
+//		}
+//		default_tier <name>
+//		zone <name>
+//		cors <origins...> {
+//			dev_origins <origins...>
+//			methods <methods...>
+//			headers <names...>
+//			expose <names...>
+//			max_age <duration>
+//			credentials
+//		}
+//		cors backend
+//		headers {
+//			<name> <value>
+//			-<name>
+//		}
+//		errors auto|zejzl|openai|anthropic|gemini|problem|caddy
+//		forward_credentials
+//		shadow
+//		log_success info|all|debug|off
+//	}
+//
+// A secret is a sha256: hash, a placeholder such as {env.PROD_KEY}, or a
+// literal, which the adapter hashes so that no configuration holds it.
+func (g *Guard) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the directive
+	if d.NextArg() {
+		return d.ArgErr()
+	}
+	seen := make(map[string]bool)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		name := d.Val()
+		if err := once(d, seen, name, "key", "tier"); err != nil {
+			return err
+		}
+		if err := g.unmarshalOption(d, name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (g *Guard) unmarshalOption(d *caddyfile.Dispenser, name string) (err error) {
+	switch name {
+	case "protect":
+		g.Protect, err = someArgs(d)
+	case "public":
+		g.Public, err = someArgs(d)
+	case "key":
+		err = g.unmarshalKey(d)
+	case "tier":
+		err = unmarshalTier(d, &g.Tiers)
+	case "default_tier":
+		g.DefaultTier, err = oneArg(d)
+	case "zone":
+		g.Zone, err = oneArg(d)
+	case "cors":
+		g.CORS, err = unmarshalCORS(d)
+	case "headers":
+		g.Headers, err = unmarshalHeaders(d)
+	case "errors":
+		if g.Errors, err = oneArg(d); err == nil {
+			if _, known := dialects[g.Errors]; !known {
+				err = d.Errf("errors: expected %s", dialectNames)
+			}
+		}
+	case "forward_credentials":
+		g.ForwardCredentials, err = true, noArgs(d)
+	case "shadow":
+		g.Shadow, err = true, noArgs(d)
+	case "log_success":
+		if g.LogSuccess, err = oneArg(d); err == nil {
+			if _, known := successLevels[g.LogSuccess]; !known {
+				err = d.Errf("log_success: expected %s", successLevelNames)
+			}
+		}
+	default:
+		return d.Errf("unrecognized subdirective %q", name)
+	}
+	return err
+}
+
+// unmarshalKey never quotes its arguments in errors: any may be a secret.
+func (g *Guard) unmarshalKey(d *caddyfile.Dispenser) error {
+	args := d.RemainingArgs()
+	if len(args) < 1 || len(args) > 3 {
+		return d.Err("key: expected <secret> [<tier> [<name>]]; a name with spaces needs quotes")
+	}
+	k := GuardKey{Secret: args[0]}
+	if !isPlaceholder(k.Secret) {
+		digest, err := digestOf(k.Secret)
+		if err != nil {
+			return d.Errf("key: %w", err)
+		}
+		k.Secret = digest.String()
+	}
+	if len(args) > 1 {
+		k.Tier = args[1]
+	}
+	if len(args) > 2 {
+		k.Name = args[2]
+	}
+	g.Keys = append(g.Keys, k)
+	return nil
+}
+
+// unmarshalTier reads a tier, in a guard or in the global option:
+//
+//	tier <name> [<N>/<window>] {
+//		requests <N>/<window> ...
+//		concurrent <N>
+//	}
+func unmarshalTier(d *caddyfile.Dispenser, tiers *map[string]Tier) error {
+	args := d.RemainingArgs()
+	if len(args) < 1 || len(args) > 2 {
+		return d.Err("tier: expected <name> [<N>/<window>], such as: tier team 300/1m")
+	}
+	name := args[0]
+	if _, again := (*tiers)[name]; again {
+		return d.Errf("tier %q is already given", name)
+	}
+	var t Tier
+	if err := appendLimits(d, &t, args[1:]); err != nil {
+		return err
+	}
+	seen := make(map[string]bool)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		option := d.Val()
+		if err := once(d, seen, option, "requests"); err != nil {
+			return err
+		}
+		switch option {
+		case "requests":
+			limits, err := someArgs(d)
+			if err != nil {
+				return err
+			}
+			if err := appendLimits(d, &t, limits); err != nil {
+				return err
+			}
+		case "concurrent":
+			number, err := oneArg(d)
+			if err != nil {
+				return err
+			}
+			if t.Concurrent, err = strconv.Atoi(number); err != nil || t.Concurrent < 1 {
+				return d.Errf("concurrent %q: expected a whole number from 1", number)
+			}
+		default:
+			return d.Errf("unrecognized subdirective %q", option)
+		}
+	}
+	if _, err := newTier(name, t); err != nil {
+		return d.WrapErr(err)
+	}
+	if *tiers == nil {
+		*tiers = make(map[string]Tier)
+	}
+	(*tiers)[name] = t
+	return nil
+}
+
+func appendLimits(d *caddyfile.Dispenser, t *Tier, limits []string) error {
+	for _, s := range limits {
+		number, length, ok := strings.Cut(s, "/")
+		limit, err := strconv.Atoi(number)
+		if err != nil || !ok {
+			return d.Errf("limit %q: expected <N>/<window>, such as 100/1m", s)
+		}
+		duration, err := caddy.ParseDuration(length)
+		if err != nil {
+			return d.Errf("limit %q: expected <N>/<window>, such as 100/1m: %w", s, err)
+		}
+		t.Requests = append(t.Requests, RequestLimit{Limit: limit, Window: caddy.Duration(duration)})
+	}
+	return nil
+}
+
+func unmarshalCORS(d *caddyfile.Dispenser) (*CORS, error) {
+	c := new(CORS)
+	c.Origins = d.RemainingArgs()
+	if len(c.Origins) == 1 && c.Origins[0] == "backend" {
+		c.Origins, c.Backend = nil, true
+	}
+	seen := make(map[string]bool)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		option := d.Val()
+		if err := once(d, seen, option); err != nil {
+			return nil, err
+		}
+		var err error
+		switch option {
+		case "dev_origins":
+			c.DevOrigins, err = someArgs(d)
+		case "methods":
+			c.Methods, err = someArgs(d)
+		case "headers":
+			c.Headers, err = someArgs(d)
+		case "expose":
+			c.Expose, err = someArgs(d)
+		case "max_age":
+			c.MaxAge, err = durationArg(d)
+		case "credentials":
+			c.Credentials, err = true, noArgs(d)
+		default:
+			err = d.Errf("unrecognized subdirective %q", option)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if len(c.Origins) == 0 && len(c.DevOrigins) == 0 && !c.Backend {
+		return nil, d.Err("cors: expected origins such as https://app.example.com, or: cors backend")
+	}
+	return c, nil
+}
+
+func unmarshalHeaders(d *caddyfile.Dispenser) (*HeaderOps, error) {
+	if err := noArgs(d); err != nil {
+		return nil, err
+	}
+	ops := &HeaderOps{Set: make(map[string]string)}
+	seen := make(map[string]bool)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		name, leaveOut := strings.CutPrefix(d.Val(), "-")
+		if err := once(d, seen, strings.ToLower(name)); err != nil {
+			return nil, err
+		}
+		var err error
+		if leaveOut {
+			ops.Delete, err = append(ops.Delete, name), noArgs(d)
+		} else {
+			ops.Set[name], err = oneArg(d)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if _, err := newHeaderRules(&HeaderOps{Delete: ops.Delete}); err != nil {
+		return nil, d.WrapErr(err)
+	}
+	return ops, nil
+}
+
+// UnmarshalCaddyfile sets up the app from the global option:
+//
+//	zejzl {
+//		keys env [<prefix>]
+//		keys file <path>
+//		tier <name> [<N>/<window>] {
+//			requests <N>/<window> ...
+//			concurrent <N>
+//		}
+//		default_tier <name>
+//	}
+func (a *App) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the option
+	if d.NextArg() {
+		return d.ArgErr()
+	}
+	seen := make(map[string]bool)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		option := d.Val()
+		if err := once(d, seen, option, "keys", "tier"); err != nil {
+			return err
+		}
+		var err error
+		switch option {
+		case "keys":
+			err = a.unmarshalSource(d)
+		case "tier":
+			err = unmarshalTier(d, &a.Tiers)
+		case "default_tier":
+			a.DefaultTier, err = oneArg(d)
+		default:
+			err = d.Errf("unrecognized option %q", option)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *App) unmarshalSource(d *caddyfile.Dispenser) error {
+	args := d.RemainingArgs()
+	var s Source
+	switch {
+	case len(args) == 1 && args[0] == sourceEnv:
+		s = Source{Source: sourceEnv}
+	case len(args) == 2 && args[0] == sourceEnv:
+		s = Source{Source: sourceEnv, Prefix: args[1]}
+	case len(args) == 2 && args[0] == sourceFile:
+		s = Source{Source: sourceFile, Path: args[1]}
+	default:
+		return d.Err("keys: expected env [<prefix>] or file <path>")
+	}
+	a.Sources = append(a.Sources, s)
+	return nil
+}
+
+// once refuses a second line of a subdirective, but for those repeatable.
+func once(d *caddyfile.Dispenser, seen map[string]bool, name string, repeatable ...string) error {
+	for _, r := range repeatable {
+		if name == r {
+			return nil
+		}
+	}
+	if seen[name] {
+		return d.Errf("%s is already given", name)
+	}
+	seen[name] = true
+	return nil
+}
+
+func noArgs(d *caddyfile.Dispenser) error {
+	if d.NextArg() {
+		return d.ArgErr()
+	}
+	return nil
+}
+
+func oneArg(d *caddyfile.Dispenser) (string, error) {
+	var arg string
+	if !d.AllArgs(&arg) {
+		return "", d.ArgErr()
+	}
+	return arg, nil
+}
+
+func someArgs(d *caddyfile.Dispenser) ([]string, error) {
+	args := d.RemainingArgs()
+	if len(args) == 0 {
+		return nil, d.ArgErr()
+	}
+	return args, nil
+}
+
+func durationArg(d *caddyfile.Dispenser) (caddy.Duration, error) {
+	s, err := oneArg(d)
+	if err != nil {
+		return 0, err
+	}
+	duration, err := caddy.ParseDuration(s)
+	if err != nil {
+		return 0, d.WrapErr(err)
+	}
+	return caddy.Duration(duration), nil
+}
+
+// Interface guards
+var (
+	_ caddyfile.Unmarshaler = (*Guard)(nil)
+	_ caddyfile.Unmarshaler = (*App)(nil)
+)

@@ -1,0 +1,5 @@
+package zejzlauth
+
+import "github.com/spf13/cobra"
+
+func checkCommand() *cobra.Command { return &cobra.Command{Use: "check <config>"} }

@@ -1,0 +1,240 @@
+package zejzlauth
+
+import (
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/zejzl/caddy-zejzl-auth/internal/key"
+	"github.com/zejzl/caddy-zejzl-auth/internal/window"
+)
+
+// exchangeVar is where a guard leaves its decision for a later one of the chain.
+const exchangeVar = "zejzl_auth.exchange"
+
+// exchange is one request on its way through the guard.
+type exchange struct {
+	response
+
+	request  *http.Request
+	path     string // as the client sent it, without the query
+	start    window.Tick
+	key      *key.Key   // the caller; nil: nobody in particular
+	rejected *key.Key   // a key that is known but not active
+	status   key.Status // of rejected
+	metered  *tier      // counted as in flight
+	charges  []charge
+	room     [1]charge // for charges: one guard is the rule
+}
+
+func newExchange(g *Guard, w http.ResponseWriter, r *http.Request, rt route, uri string) *exchange {
+	x := &exchange{request: r, start: g.clock.tick()}
+	x.path, _, _ = strings.Cut(uri, "?")
+	x.ResponseWriter = w
+	x.charges = x.room[:0]
+	x.guard, x.route = g, rt
+	x.secure = isSecure(r)
+	if rt == open {
+		return x
+	}
+	x.origin = g.cors.origin(r.Header)
+	if x.dialect = g.errors; x.dialect == dialectAuto {
+		x.dialect = speaks(r, x.path)
+	}
+	return x
+}
+
+// originalTarget is the method and URI of the request as the client sent it.
+func originalTarget(r *http.Request) (method, uri string) {
+	if original, ok := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request); ok {
+		return original.Method, original.RequestURI
+	}
+	return r.Method, r.RequestURI
+}
+
+// identified records who calls, for the backend's placeholders and the access log.
+func (x *exchange) identified(k *key.Key) {
+	x.key, x.keyed = k, true
+	ctx := x.request.Context()
+	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		repl.Map(x.placeholder)
+	}
+	server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if ok && server != nil && server.Logs != nil {
+		x.addAccessLogFields(ctx)
+	}
+}
+
+// placeholder implements caddy.ReplacerFunc.
+func (x *exchange) placeholder(name string) (any, bool) {
+	switch name {
+	case "http.auth.user.id", "http.zejzl_auth.key.id":
+		return x.key.ID, true
+	case "http.zejzl_auth.key.name":
+		return x.key.Name, true
+	case "http.zejzl_auth.key.tier":
+		return x.guard.tierOf(x.key).name, true
+	}
+	return nil, false
+}
+
+// meter counts the request as admitted and in flight, unless it passes in shadow.
+func (x *exchange) meter() {
+	if len(x.charges) > 0 {
+		x.metered = x.tier
+		x.metered.metrics.admitted.Inc()
+		x.metered.metrics.inFlight.Inc()
+	}
+}
+
+// observe measures how long the decision took.
+func (x *exchange) observe() {
+	observeDecision(time.Duration(x.guard.clock.tick()-x.start) * time.Microsecond)
+}
+
+func (x *exchange) charged(z *zone) bool {
+	for i := range x.charges {
+		if x.charges[i].zone == z {
+			return true
+		}
+	}
+	return false
+}
+
+func (x *exchange) refund() {
+	for i := range x.charges {
+		x.charges[i].refund()
+	}
+}
+
+// passOpen serves a path outside the guard's: four headers, and no key of
+// ours to strangers.
+func (x *exchange) passOpen(next caddyhttp.Handler) error {
+	openRequests.Inc()
+	x.guard.cleanRequest(x.request.Header, open, true)
+	err := next.ServeHTTP(x, x.request)
+	x.finish(x.Header())
+	return err
+}
+
+// servePreflight answers a CORS preflight. Browsers send it without the key,
+// so it costs none; it is never forwarded unless CORS is the backend's.
+func (x *exchange) servePreflight(next caddyhttp.Handler) error {
+	g, h := x.guard, x.Header()
+	if g.corsBackend {
+		publicRequests.Inc()
+		removeForeignUpgrade(x.request.Header)
+		g.cleanRequest(x.request.Header, x.route, false)
+		return x.forward(next)
+	}
+	x.origin = "" // a preflight has CORS headers of its own, a refused one has none
+	x.finish(h)
+	if !g.cors.preflight(x.request, h) {
+		return x.refuse(refuse(reasonForbidden))
+	}
+	publicRequests.Inc()
+	x.committed = true
+	x.ResponseWriter.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// forward hands the request to the next handler. However that ends, the slot
+// is freed by one defer.
+func (x *exchange) forward(next caddyhttp.Handler) (err error) {
+	defer x.end(&err)
+	return next.ServeHTTP(x, x.request)
+}
+
+// end is deferred around the next handler: it frees the slots, turns a panic
+// into an answer where there is none yet, and settles errors.
+func (x *exchange) end(err *error) {
+	for i := range x.charges {
+		x.charges[i].release()
+	}
+	if x.metered != nil {
+		x.metered.metrics.inFlight.Dec()
+	}
+	if v := recover(); v != nil {
+		if v == http.ErrAbortHandler || x.committed { //nolint:errorlint // as net/http compares it
+			panic(v)
+		}
+		*err = &panicError{value: v, stack: debug.Stack()}
+	}
+	if *err != nil && !x.committed {
+		*err = x.refuse(refusalOf(*err))
+		return
+	}
+	// Nothing written means that net/http will write 200 with what is there.
+	x.finish(x.Header())
+}
+
+// panicError is a panic of a handler behind the guard. Its text tells nothing
+// of the request; the value goes to the guard's own log.
+type panicError struct {
+	value any
+	stack []byte
+}
+
+func (*panicError) Error() string { return "panic behind the guard" }
+
+// refuse answers with a refusal, or hands it to Caddy where the site has
+// handle_errors of its own.
+func (x *exchange) refuse(f *refusal) error {
+	g, h := x.guard, x.Header()
+	requestID := x.requestID()
+	if f.err == nil {
+		x.observe()
+		countDecision(decisionRefused, f.reason, x.tierName())
+		g.logRefusal(x, f, "request refused")
+	} else if x.dialect != dialectCaddy {
+		g.logFailure(x, f) // else Caddy logs it
+	}
+
+	x.finish(h)
+	f.setHeaders(h)
+	h["X-Request-Id"] = []string{requestID}
+	if x.dialect == dialectCaddy {
+		if f.err != nil {
+			return f.err
+		}
+		return caddyhttp.Error(f.status, f)
+	}
+	// What an inner handler said of a body that will not come.
+	for _, name := range [...]string{"Content-Encoding", "Etag", "Last-Modified", "Accept-Ranges", "Content-Range"} {
+		delete(h, name)
+	}
+	if x.dialect == dialectAnthropic {
+		h["Request-Id"] = []string{requestID}
+	}
+	body, mediaType := f.body(x.dialect, requestID)
+	h["Content-Type"] = []string{mediaType}
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	x.committed = true
+	x.ResponseWriter.WriteHeader(f.status)
+	if x.request.Method != http.MethodHead {
+		// A client that has left can't be told.
+		_, _ = x.ResponseWriter.Write(body)
+	}
+	return nil
+}
+
+func (x *exchange) tierName() string {
+	if x.tier == nil {
+		return ""
+	}
+	return x.tier.name
+}
+
+// requestID is Caddy's own id of the request.
+func (x *exchange) requestID() string {
+	if repl, ok := x.request.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		id, _ := repl.GetString("http.request.uuid")
+		return id
+	}
+	return ""
+}
