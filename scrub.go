@@ -83,14 +83,14 @@ func clues[S string | []byte](s S) (found uint8) {
 		}
 		var before byte
 		if i > 0 {
-			before = s[i-1] | 0x20
+			before = foldChar(s[i-1])
 		}
 		switch c := s[i]; {
 		case c == '%' || c == '\\':
 			return clueAny
 		case c == '_' && before == 'l': // zejzl_
 			found |= clueKey
-		case c == '=' && (before == 'y' || before == 'n'): // key=, token=
+		case c == '=' && (before == 'y' || before == 'n' || before == '-'): // key=, token=, key_=
 			found |= clueQuery
 		case isTokenSpace(c) && before == 'r': // Bearer
 			found |= clueBearer

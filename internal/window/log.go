@@ -16,10 +16,10 @@ const (
 // rounded up, now is rounded down, and so an admission leaves late, by less
 // than two units, and never early.
 //
-// The modulo is safe because every ring is pruned at every decision: what is
-// left was at most one span old at the decision before, and reset clears the
-// log if more than one span has passed since. So ages stay within two spans,
-// which scaleOf keeps below 2^32.
+// The modulo is safe because every log is pruned at every decision: what is
+// left was at most one span old at the decision before, and if more than one
+// span has passed since, expire drops all of it unseen. So the ages it compares
+// stay within two spans, which scaleOf keeps below 2^32.
 type log struct {
 	ring  []uint32
 	next  *log // of the same State, for another window
