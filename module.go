@@ -126,15 +126,16 @@ func (*Guard) CaddyModule() caddy.ModuleInfo {
 // Provision implements caddy.Provisioner. It touches no live state but for
 // its reference to the zone: the configuration may yet be dropped.
 func (g *Guard) Provision(ctx caddy.Context) error {
-	g.logger = ctx.Logger()
-	g.clock = clock{tick: monotonicTick, wall: time.Now}
-
 	app, err := ctx.App("zejzl")
 	if err != nil {
 		return fmt.Errorf("loading the zejzl app: %w", err)
 	}
-	g.app = app.(*App)
+	return g.provision(ctx, app.(*App))
+}
 
+func (g *Guard) provision(ctx caddy.Context, app *App) (err error) {
+	g.app, g.logger = app, ctx.Logger()
+	g.clock = clock{tick: monotonicTick, wall: time.Now}
 	if err := errors.Join(g.provisionTiers(), g.provisionRules()); err != nil {
 		return err
 	}

@@ -96,11 +96,12 @@ func (e *LogEncoder) ConfigureDefaultFormat(wo caddy.WriterOpener) error {
 	return nil
 }
 
-func (e *LogEncoder) wrapDefault(enc interface {
+type provisionedEncoder interface {
 	zapcore.Encoder
 	caddy.Provisioner
-},
-) error {
+}
+
+func (e *LogEncoder) wrapDefault(enc provisionedEncoder) error {
 	if err := enc.Provision(e.ctx); err != nil {
 		return fmt.Errorf("provisioning the default log encoder: %w", err)
 	}

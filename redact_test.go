@@ -92,10 +92,6 @@ func object(fields ...zap.Field) zapcore.ObjectMarshaler {
 	})
 }
 
-func array(add func(enc zapcore.ArrayEncoder) error) zapcore.ArrayMarshaler {
-	return zapcore.ArrayMarshalerFunc(add)
-}
-
 // fieldKinds holds canaries in every way a zap field can.
 func fieldKinds() map[string][]zap.Field {
 	header := http.Header{
@@ -141,14 +137,14 @@ func fieldKinds() map[string][]zap.Field {
 		"Namespace":    {zap.Namespace("resp_headers"), zap.Strings("X-My-Cookie", []string{canaryForeign}), zap.String("f", canaryKey)},
 		"Object": {zap.Object("f", object(
 			zap.Namespace(canaryKey), zap.Object("g", object(zap.Any("h", value), zap.String("api-key", canaryForeign))))), zap.Int("after", 1)},
-		"Array": {zap.Array("f", array(func(enc zapcore.ArrayEncoder) error {
+		"Array": {zap.Array("f", zapcore.ArrayMarshalerFunc(func(enc zapcore.ArrayEncoder) error {
 			enc.AppendString(canaryKey)
 			enc.AppendByteString([]byte(token))
 			enc.AppendInt(1)
 			return errors.Join(
 				enc.AppendObject(object(zap.String("Cookie", canaryForeign), zap.String("f", canaryKey))),
 				enc.AppendReflected(value),
-				enc.AppendArray(array(func(enc zapcore.ArrayEncoder) error {
+				enc.AppendArray(zapcore.ArrayMarshalerFunc(func(enc zapcore.ArrayEncoder) error {
 					enc.AppendString(canaryKey)
 					return enc.AppendArray(caddyhttp.LoggableStringArray{"a", canaryKey})
 				})))
@@ -196,10 +192,7 @@ func TestLogEncoderKeepsTheRest(t *testing.T) {
 		zap.Any("unencodable", func() {}), zap.Stringer("nil stringer", (*url.URL)(nil)),
 	}
 	for _, format := range []string{"json", "console"} {
-		plain := map[string]interface {
-			zapcore.Encoder
-			caddy.Provisioner
-		}{"json": new(logging.JSONEncoder), "console": new(logging.ConsoleEncoder)}[format]
+		plain := map[string]provisionedEncoder{"json": new(logging.JSONEncoder), "console": new(logging.ConsoleEncoder)}[format]
 		if err := plain.Provision(caddy.Context{}); err != nil {
 			t.Fatal(err)
 		}

@@ -10,8 +10,8 @@ import (
 // keeps what it needs. It is not safe for concurrent use.
 type Set struct {
 	members  []member
-	byDigest map[Digest]int32
-	byID     map[string]int32
+	byDigest map[Digest]int
+	byID     map[string]int
 }
 
 type member struct {
@@ -24,8 +24,8 @@ type member struct {
 func NewSet(hint int) *Set {
 	return &Set{
 		members:  make([]member, 0, hint),
-		byDigest: make(map[Digest]int32, hint),
-		byID:     make(map[string]int32, hint),
+		byDigest: make(map[Digest]int, hint),
+		byID:     make(map[string]int, hint),
 	}
 }
 
@@ -62,7 +62,7 @@ func (s *Set) Add(l Located) (*Key, error) {
 		return nil, fmt.Errorf("%s and %s are two keys with the same id %q", s.members[i].place, l.Place, k.ID)
 	}
 
-	i := int32(len(s.members))
+	i := len(s.members)
 	s.members = append(s.members, member{key: k, place: l.Place, secrets: slices.Clip(l.Secrets)})
 	s.byID[k.ID] = i
 	for _, sec := range l.Secrets {
@@ -72,7 +72,7 @@ func (s *Set) Add(l Located) (*Key, error) {
 }
 
 // merge adds a record to the member with which it shares a secret.
-func (s *Set) merge(i int32, l Located) (*Key, error) {
+func (s *Set) merge(i int, l Located) (*Key, error) {
 	m := &s.members[i]
 	if what := m.difference(l.Record); what != "" {
 		return nil, fmt.Errorf("%s and %s state the same secret with a different %s", m.place, l.Place, what)

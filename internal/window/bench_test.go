@@ -91,6 +91,8 @@ func BenchmarkParallel(b *testing.B) {
 		l := minute(b, 1)
 		var s State
 		s.Admit(0, l)
+		s.Admit(1, l)
+		b.ReportAllocs()
 		b.RunParallel(func(pb *testing.PB) {
 			for pb.Next() {
 				s.Admit(1, l)

@@ -267,7 +267,7 @@ func nextTime(pick func(int) int, now int64, given []admission, last Verdict) in
 	case kind < 98:
 		return now + int64(pick(1<<31-1))*int64(1+pick(100_000))
 	default:
-		return now + int64(pick(5_000_000_000))
+		return now + int64(pick(2_000_000_000))
 	}
 }
 
