@@ -110,10 +110,10 @@ func identify(h http.Header, k *key.Key, tierName string) {
 func (g *Guard) cleanRequest(h http.Header, rt route, keyed bool) {
 	for name := range h {
 		switch {
-		case isIdentityHeader(name), name == "Proxy": // Proxy: CGI backends take it for HTTP_PROXY (httpoxy)
-			delete(h, name)
-		case !keyed && isOverrideHeader(name):
-			// A public GET must not become another method or path behind the guard.
+		case isIdentityHeader(name),
+			rt != open && name == "Proxy", // CGI backends take it for HTTP_PROXY (httpoxy)
+			!keyed && isPathOverride(name),
+			!keyed && rt != open && isMethodOverride(name):
 			delete(h, name)
 		}
 	}
@@ -177,29 +177,32 @@ func (g *Guard) isOurs(secret string) bool {
 
 func isIdentityHeader(name string) bool { return hasFoldedPrefix(name, identityPrefix) }
 
-// isOverrideHeader tells headers by which a backend may take a request for
-// another method or path than the guard judged.
-func isOverrideHeader(name string) bool {
-	if len(name) < len("X-Http-Method") || name[0]|0x20 != 'x' {
+// isPathOverride tells headers by which some frameworks serve another path
+// than the request's: what passes without a key must be the path that the
+// guard judged.
+func isPathOverride(name string) bool {
+	return hasAnyFoldedPrefix(name, "x-original-url", "x-rewrite-url", "x-original-uri", "x-forwarded-uri")
+}
+
+// isMethodOverride tells headers that turn a public GET into something else.
+func isMethodOverride(name string) bool {
+	return hasAnyFoldedPrefix(name, "x-http-method", "x-method-override")
+}
+
+func hasAnyFoldedPrefix(name string, prefixes ...string) bool {
+	if name == "" || name[0]|0x20 != 'x' {
 		return false
 	}
-	for _, override := range [...]string{
-		"x-http-method", "x-method-override", "x-original-url", "x-rewrite-url", "x-original-uri", "x-forwarded-uri",
-	} {
-		if hasFoldedPrefix(name, override) {
+	for _, prefix := range prefixes {
+		if hasFoldedPrefix(name, prefix) {
 			return true
 		}
 	}
 	return false
 }
 
-// removeForeignUpgrade ends upgrades to anything but a websocket: behind an
-// h2c tunnel the guard would see no more requests.
-func removeForeignUpgrade(h http.Header) {
-	upgrade, ok := h["Upgrade"]
-	if !ok || len(upgrade) == 1 && strings.EqualFold(upgrade[0], "websocket") {
-		return
-	}
+// removeUpgrade ends the wish to leave HTTP.
+func removeUpgrade(h http.Header) {
 	delete(h, "Upgrade")
 	delete(h, "Http2-Settings")
 	if lines, ok := h["Connection"]; ok {
@@ -207,6 +210,13 @@ func removeForeignUpgrade(h http.Header) {
 			return strings.EqualFold(token, "upgrade") || strings.EqualFold(token, "http2-settings")
 		})
 	}
+}
+
+// isForeignUpgrade tells upgrades to anything but a websocket: behind an h2c
+// tunnel the guard would see no more requests.
+func isForeignUpgrade(h http.Header) bool {
+	upgrade, ok := h["Upgrade"]
+	return ok && (len(upgrade) != 1 || !strings.EqualFold(upgrade[0], "websocket"))
 }
 
 // setConnection takes tokens out of Connection, and the header if none stays.

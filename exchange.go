@@ -32,9 +32,17 @@ type exchange struct {
 	room     [1]charge // for charges: one guard is the rule
 }
 
+// String is what the placeholder of exchangeVar shows, in place of the request.
+func (*exchange) String() string { return "zejzl_auth" }
+
 func newExchange(g *Guard, w http.ResponseWriter, r *http.Request, rt route, uri string) *exchange {
 	x := &exchange{request: r, start: g.clock.tick()}
 	x.path, _, _ = strings.Cut(uri, "?")
+	for name := range r.Trailer {
+		if isIdentityHeader(name) {
+			r.Trailer = nil // some servers take trailers for headers
+		}
+	}
 	x.ResponseWriter = w
 	x.charges = x.room[:0]
 	x.guard, x.route = g, rt
@@ -116,7 +124,7 @@ func (x *exchange) refund() {
 // ours to strangers.
 func (x *exchange) passOpen(next caddyhttp.Handler) error {
 	openRequests.Inc()
-	x.guard.cleanRequest(x.request.Header, open, true)
+	x.guard.cleanRequest(x.request.Header, open, false)
 	err := next.ServeHTTP(x, x.request)
 	x.finish(x.Header())
 	return err
@@ -128,7 +136,7 @@ func (x *exchange) servePreflight(next caddyhttp.Handler) error {
 	g, h := x.guard, x.Header()
 	if g.corsBackend {
 		publicRequests.Inc()
-		removeForeignUpgrade(x.request.Header)
+		removeUpgrade(x.request.Header)
 		g.cleanRequest(x.request.Header, x.route, false)
 		return x.forward(next)
 	}

@@ -220,7 +220,9 @@ func (g *Guard) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp
 	case isPreflight(r):
 		return x.servePreflight(next)
 	}
-	removeForeignUpgrade(r.Header)
+	if isForeignUpgrade(r.Header) {
+		removeUpgrade(r.Header)
+	}
 	if f := g.decide(x); f != nil {
 		return x.refuse(f)
 	}
@@ -248,6 +250,7 @@ func (g *Guard) decide(x *exchange) *refusal {
 	}
 	publicRequests.Inc()
 	x.observe()
+	removeUpgrade(h) // a tunnel would outlive every rule of a public path
 	g.cleanRequest(h, public, false)
 	return nil
 }
