@@ -2,6 +2,7 @@ package zejzlauth
 
 import (
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/zejzl/caddy-zejzl-auth/internal/key"
@@ -27,7 +28,9 @@ func readCredential(h http.Header) (secret string, why reason) {
 	if lines := h[authorizationHeader]; len(lines) > 1 {
 		return "", reasonAmbiguousKey
 	} else if len(lines) == 1 {
-		secret, _ = bearerToken(lines[0])
+		if token, ok := bearerToken(lines[0]); ok {
+			secret = token
+		}
 	}
 	for _, name := range credentialHeaders {
 		lines := h[name]
@@ -108,6 +111,7 @@ func identify(h http.Header, k *key.Key, tierName string) {
 
 // cleanRequest removes what a client must not send through the guard.
 func (g *Guard) cleanRequest(h http.Header, rt route, keyed bool) {
+	keyed = keyed && rt != public // what is public was judged as what it says it is
 	for name := range h {
 		switch {
 		case isIdentityHeader(name),
@@ -149,11 +153,8 @@ func removeCredentials(h http.Header) {
 // guard's paths, which carries its credentials to whom they belong otherwise.
 func (g *Guard) removeOwnCredentials(h http.Header) {
 	for _, name := range credentialHeaders {
-		for _, line := range h[name] {
-			if g.isOurs(line) {
-				delete(h, name)
-				break
-			}
+		if slices.ContainsFunc(h[name], g.isOurs) {
+			delete(h, name)
 		}
 	}
 	for _, line := range h[authorizationHeader] {

@@ -1,6 +1,7 @@
 package zejzlauth
 
 import (
+	"slices"
 	"strconv"
 	"strings"
 
@@ -350,10 +351,8 @@ func (a *App) unmarshalSource(d *caddyfile.Dispenser) error {
 
 // once refuses a second line of a subdirective, but for those repeatable.
 func once(d *caddyfile.Dispenser, seen map[string]bool, name string, repeatable ...string) error {
-	for _, r := range repeatable {
-		if name == r {
-			return nil
-		}
+	if slices.Contains(repeatable, name) {
+		return nil
 	}
 	if seen[name] {
 		return d.Errf("%s is already given", name)

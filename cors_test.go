@@ -520,24 +520,29 @@ func TestCORSConfigAccepted(t *testing.T) {
 		"intranet": {CORS{Origins: []string{"http://wiki", "http://my_host.corp:8080"}}, []string{"http://my_host.corp:8080", "http://wiki"}, nil},
 		"crossed ports": {
 			CORS{Origins: []string{"http://a.example:443", "https://a.example:80"}},
-			[]string{"http://a.example:443", "https://a.example:80"}, nil,
+			[]string{"http://a.example:443", "https://a.example:80"},
+			nil,
 		},
 		"addresses": {
 			CORS{Origins: []string{"http://192.0.2.1", "https://192.0.2.1:8443", "http://[::1]", "http://[2001:db8::1]:65535"}},
-			[]string{"http://192.0.2.1", "http://[2001:db8::1]:65535", "http://[::1]", "https://192.0.2.1:8443"}, nil,
+			[]string{"http://192.0.2.1", "http://[2001:db8::1]:65535", "http://[::1]", "https://192.0.2.1:8443"},
+			nil,
 		},
 		"names that only look like numbers": {
 			CORS{Origins: []string{"http://0b1", "http://a1", "http://0xyz", "http://1.2.3.a"}},
-			[]string{"http://0b1", "http://0xyz", "http://1.2.3.a", "http://a1"}, nil,
+			[]string{"http://0b1", "http://0xyz", "http://1.2.3.a", "http://a1"},
+			nil,
 		},
 		"punycode": {CORS{Origins: []string{"https://xn--bcher-kva.example"}}, []string{"https://xn--bcher-kva.example"}, nil},
 		"placeholders": {
 			CORS{Origins: []string{"{env.TEST_CORS_LIST}", "https://{env.TEST_CORS_HOST}:1"}},
-			[]string{"http://c.example:8080", "https://a.example", "https://b.example", "https://d.example:1"}, nil,
+			[]string{"http://c.example:8080", "https://a.example", "https://b.example", "https://d.example:1"},
+			nil,
 		},
 		"dev": {
 			CORS{Origins: []string{corsTestOrigin}, DevOrigins: []string{"http://localhost:3000"}},
-			[]string{corsTestOrigin}, []string{"http://localhost:3000", corsTestOrigin},
+			[]string{corsTestOrigin},
+			[]string{"http://localhost:3000", corsTestOrigin},
 		},
 		"only dev": {CORS{DevOrigins: []string{"http://localhost:3000"}}, nil, []string{"http://localhost:3000"}},
 	} {

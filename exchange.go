@@ -1,6 +1,7 @@
 package zejzlauth
 
 import (
+	"errors"
 	"net/http"
 	"runtime/debug"
 	"strconv"
@@ -199,18 +200,20 @@ func (x *exchange) refuse(f *refusal) error {
 		x.observe()
 		countDecision(decisionRefused, f.reason, x.tierName())
 		g.logRefusal(x, f, "request refused")
-	} else if x.dialect != dialectCaddy {
-		g.logFailure(x, f) // else Caddy logs it
+	} else if _, panicked := errors.AsType[*panicError](f.err); panicked || x.dialect != dialectCaddy {
+		g.logFailure(x, f) // else Caddy logs it, but for what a panic said
 	}
 
 	x.finish(h)
 	f.setHeaders(h)
 	h["X-Request-Id"] = []string{requestID}
 	if x.dialect == dialectCaddy {
-		if f.err != nil {
-			return f.err
+		err := f.err
+		if err == nil {
+			err = f
 		}
-		return caddyhttp.Error(f.status, f)
+		// Without a status, handle_errors would answer a panic with 200.
+		return caddyhttp.Error(f.status, err)
 	}
 	// What an inner handler said of a body that will not come.
 	for _, name := range [...]string{"Content-Encoding", "Etag", "Last-Modified", "Accept-Ranges", "Content-Range"} {
@@ -226,7 +229,7 @@ func (x *exchange) refuse(f *refusal) error {
 	x.ResponseWriter.WriteHeader(f.status)
 	if x.request.Method != http.MethodHead {
 		// A client that has left can't be told.
-		_, _ = x.ResponseWriter.Write(body)
+		_, _ = x.ResponseWriter.Write(body) //nolint:gosec // G705: JSON of our own words, with nosniff
 	}
 	return nil
 }

@@ -45,7 +45,7 @@ func newPathRules(protect, publicPaths []string) (pathRules, error) {
 			return rules, fmt.Errorf("protect: %w", err)
 		}
 		rules.all = rules.all || p.subtree && p.path == "/"
-		p.path = strings.ToLower(p.path)
+		p.path = strings.ToLower(decode(p.path))
 		rules.protect = append(rules.protect, p)
 	}
 	for _, s := range publicPaths {
@@ -102,7 +102,7 @@ func (p *pathRules) isPublic(raw string, oddity pathOddity) bool {
 // path decoded and in lower case. A backend that ignores letter case must
 // not find a protected route behind an open one (CVE-2026-27587).
 func (p *pathRules) isOpen(raw string) bool {
-	normal := strings.ToLower(decodeOnce(raw))
+	normal := strings.ToLower(decode(raw))
 	lower := strings.ToLower(raw)
 	for i := range p.protect {
 		if p.protect[i].covers(normal) || p.protect[i].covers(lower) {
@@ -147,11 +147,11 @@ func inspectPath(raw string) pathOddity {
 	return plainPath
 }
 
-// inspectSegments is the slow half: it reads the path decoded once, in the
+// inspectSegments is the slow half: it reads the path decoded, in the
 // segments that any backend might see.
 func inspectSegments(raw string) pathOddity {
 	oddity := plainPath
-	decoded := decodeOnce(raw)
+	decoded := decode(raw)
 	if hasOddEscape(raw) || !utf8.ValidString(decoded) {
 		oddity = unusualPath
 	}
@@ -195,24 +195,27 @@ func hasOddEscape(raw string) bool {
 	return false
 }
 
-// decodeOnce decodes percent escapes, leaving malformed ones as they stand.
-func decodeOnce(raw string) string {
+// decode decodes percent escapes and those that decoding makes, since a backend
+// may decode twice (%252e%252e); malformed ones stay as they stand.
+func decode(raw string) string {
 	if strings.IndexByte(raw, '%') < 0 {
 		return raw
 	}
 	out := make([]byte, 0, len(raw))
 	for i := 0; i < len(raw); i++ {
-		if c, ok := unescapeAt(raw, i); ok {
-			out = append(out, c)
-			i += 2
-			continue
-		}
 		out = append(out, raw[i])
+		for n := len(out); n > 2; n = len(out) {
+			c, ok := unescapeAt(out, n-3)
+			if !ok {
+				break
+			}
+			out = append(out[:n-3], c)
+		}
 	}
 	return string(out)
 }
 
-func unescapeAt(s string, i int) (byte, bool) {
+func unescapeAt[S string | []byte](s S, i int) (byte, bool) {
 	if s[i] != '%' || i+2 >= len(s) {
 		return 0, false
 	}

@@ -87,48 +87,90 @@ type wording struct {
 }
 
 var wordings = map[reason]wording{
-	reasonMissingKey: {http.StatusUnauthorized, "Authentication required",
+	reasonMissingKey: {
+		http.StatusUnauthorized, "Authentication required",
 		"Send your API key in the X-API-Key header, or as a Bearer token in Authorization.",
-		[2]string{"invalid_request_error", "invalid_api_key"}, "authentication_error", "UNAUTHENTICATED"},
-	reasonInvalidKey: {http.StatusUnauthorized, "Invalid API key",
+		[2]string{"invalid_request_error", "invalid_api_key"},
+		"authentication_error", "UNAUTHENTICATED",
+	},
+	reasonInvalidKey: {
+		http.StatusUnauthorized, "Invalid API key",
 		"Check the key for missing characters, or ask the operator for a new one.",
-		[2]string{"invalid_request_error", "invalid_api_key"}, "authentication_error", "UNAUTHENTICATED"},
-	reasonAmbiguousKey: {http.StatusBadRequest, "More than one API key",
+		[2]string{"invalid_request_error", "invalid_api_key"},
+		"authentication_error", "UNAUTHENTICATED",
+	},
+	reasonAmbiguousKey: {
+		http.StatusBadRequest, "More than one API key",
 		"Send one key in one header.",
-		[2]string{"invalid_request_error", "ambiguous_key"}, "invalid_request_error", "INVALID_ARGUMENT"},
-	reasonInvalidPath: {http.StatusBadRequest, "Invalid path",
+		[2]string{"invalid_request_error", "ambiguous_key"},
+		"invalid_request_error", "INVALID_ARGUMENT",
+	},
+	reasonInvalidPath: {
+		http.StatusBadRequest, "Invalid path",
 		"Send the path without dot segments, backslashes and control characters, in any spelling.",
-		[2]string{"invalid_request_error", "invalid_path"}, "invalid_request_error", "INVALID_ARGUMENT"},
-	reasonBadRequest: {http.StatusBadRequest, "Bad request",
+		[2]string{"invalid_request_error", "invalid_path"},
+		"invalid_request_error", "INVALID_ARGUMENT",
+	},
+	reasonBadRequest: {
+		http.StatusBadRequest, "Bad request",
 		"The request could not be served as it was sent.",
-		[2]string{"invalid_request_error", "bad_request"}, "invalid_request_error", "INVALID_ARGUMENT"},
-	reasonMethodNotAllowed: {http.StatusMethodNotAllowed, "Method not allowed",
+		[2]string{"invalid_request_error", "bad_request"},
+		"invalid_request_error", "INVALID_ARGUMENT",
+	},
+	reasonMethodNotAllowed: {
+		http.StatusMethodNotAllowed, "Method not allowed",
 		"Use one of " + allowedMethods + ".",
-		[2]string{"invalid_request_error", "method_not_allowed"}, "invalid_request_error", "INVALID_ARGUMENT"},
-	reasonForbidden: {http.StatusForbidden, "Forbidden",
+		[2]string{"invalid_request_error", "method_not_allowed"},
+		"invalid_request_error", "INVALID_ARGUMENT",
+	},
+	reasonForbidden: {
+		http.StatusForbidden, "Forbidden",
 		"This is not allowed here.",
-		[2]string{"invalid_request_error", "forbidden"}, "permission_error", "PERMISSION_DENIED"},
-	reasonRateLimited: {http.StatusTooManyRequests, "Rate limit exceeded",
+		[2]string{"invalid_request_error", "forbidden"},
+		"permission_error", "PERMISSION_DENIED",
+	},
+	reasonRateLimited: {
+		http.StatusTooManyRequests, "Rate limit exceeded",
 		"Wait as long as Retry-After says, then try again.",
-		[2]string{"requests", "rate_limit_exceeded"}, "rate_limit_error", "RESOURCE_EXHAUSTED"},
-	reasonConcurrencyLimited: {http.StatusTooManyRequests, "Too many requests at once",
+		[2]string{"requests", "rate_limit_exceeded"},
+		"rate_limit_error", "RESOURCE_EXHAUSTED",
+	},
+	reasonConcurrencyLimited: {
+		http.StatusTooManyRequests, "Too many requests at once",
 		"Wait until one of your requests has ended.",
-		[2]string{"requests", "rate_limit_exceeded"}, "rate_limit_error", "RESOURCE_EXHAUSTED"},
-	reasonNotFound: {http.StatusNotFound, "Not found",
+		[2]string{"requests", "rate_limit_exceeded"},
+		"rate_limit_error", "RESOURCE_EXHAUSTED",
+	},
+	reasonNotFound: {
+		http.StatusNotFound, "Not found",
 		"There is nothing at this path.",
-		[2]string{"invalid_request_error", "not_found"}, "not_found_error", "NOT_FOUND"},
-	reasonRequestTooLarge: {http.StatusRequestEntityTooLarge, "Request too large",
+		[2]string{"invalid_request_error", "not_found"},
+		"not_found_error", "NOT_FOUND",
+	},
+	reasonRequestTooLarge: {
+		http.StatusRequestEntityTooLarge, "Request too large",
 		"Send a smaller body.",
-		[2]string{"invalid_request_error", "request_too_large"}, "request_too_large", "INVALID_ARGUMENT"},
-	reasonInternalError: {http.StatusInternalServerError, "Internal error",
+		[2]string{"invalid_request_error", "request_too_large"},
+		"request_too_large", "INVALID_ARGUMENT",
+	},
+	reasonInternalError: {
+		http.StatusInternalServerError, "Internal error",
 		"Try again; if it stays, give the operator the request id.",
-		[2]string{"server_error", "internal_error"}, "api_error", "INTERNAL"},
-	reasonUpstreamError: {http.StatusBadGateway, "The backend failed",
+		[2]string{"server_error", "internal_error"},
+		"api_error", "INTERNAL",
+	},
+	reasonUpstreamError: {
+		http.StatusBadGateway, "The backend failed",
 		"Try again; if it stays, give the operator the request id.",
-		[2]string{"server_error", "upstream_error"}, "api_error", "UNAVAILABLE"},
-	reasonStarting: {http.StatusServiceUnavailable, "Starting",
+		[2]string{"server_error", "upstream_error"},
+		"api_error", "UNAVAILABLE",
+	},
+	reasonStarting: {
+		http.StatusServiceUnavailable, "Starting",
 		"The server is still loading keys. Try again in a moment.",
-		[2]string{"server_error", "starting"}, "overloaded_error", "UNAVAILABLE"},
+		[2]string{"server_error", "starting"},
+		"overloaded_error", "UNAVAILABLE",
+	},
 }
 
 // refusal says no: which status, why, and from when on it would be yes. It is
@@ -175,9 +217,9 @@ func refusalOf(err error) *refusal {
 	return f
 }
 
-// maxRetryMs is how long official SDKs wait on a server's word; beyond it
+// longestRetry is how long official SDKs wait on a server's word; beyond it
 // they would retry early, so they are told not to.
-const maxRetryMs = time.Minute
+const longestRetry = time.Minute
 
 // setHeaders writes what belongs to the refusal itself.
 func (f *refusal) setHeaders(h http.Header) {
@@ -193,7 +235,7 @@ func (f *refusal) setHeaders(h http.Header) {
 	case reasonRateLimited:
 		// RFC 9110 knows whole seconds only: rounded up, so that waiting is enough.
 		h["Retry-After"] = []string{strconv.FormatInt(max(1, ceilSeconds(f.wait)), 10)}
-		if f.wait <= maxRetryMs {
+		if f.wait <= longestRetry {
 			ms := max(1, ceilTo(f.wait, time.Millisecond)/time.Millisecond)
 			h["Retry-After-Ms"] = []string{strconv.FormatInt(int64(ms), 10)}
 		} else {

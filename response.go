@@ -49,13 +49,11 @@ func (w *response) ReadFrom(r io.Reader) (int64, error) {
 // FlushError is what http.ResponseController looks for.
 func (w *response) FlushError() error {
 	w.implicitOK()
-	//nolint:bodyclose // a controller, no response
 	return http.NewResponseController(w.ResponseWriter).Flush()
 }
 
 // Hijack is what http.ResponseController looks for.
 func (w *response) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	//nolint:bodyclose // a controller, no response
 	conn, rw, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	w.committed = w.committed || err == nil
 	return conn, rw, err

@@ -119,19 +119,21 @@ func (f *keyFile) differs() bool {
 // read parses the file and remembers which version of it that was.
 func (f *keyFile) read() ([]key.Record, error) {
 	f.info, f.settled = nil, true
+	info, err := os.Stat(f.path)
+	if err != nil {
+		return nil, fmt.Errorf("key file: %w", err)
+	}
+	f.info = info
+	if !info.Mode().IsRegular() { // opening a pipe would wait for its other end
+		return nil, fmt.Errorf("key file %s: expected a regular file", f.path)
+	}
 	file, err := os.Open(f.path)
 	if err != nil {
+		f.settled = false // differs does not see permissions change
 		return nil, fmt.Errorf("key file: %w", err)
 	}
 	defer file.Close()
-	info, err := file.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("key file: %w", err)
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("key file %s: expected a regular file", f.path)
-	}
-	f.info, f.settled = info, time.Since(info.ModTime()) > settleTime
+	f.settled = time.Since(info.ModTime()) > settleTime
 	records, err := key.ParseFile(bufio.NewReaderSize(file, 1<<20))
 	if err != nil {
 		return nil, fmt.Errorf("key file %s: %w", f.path, err)

@@ -136,15 +136,17 @@ func (r *reply) object(t testing.TB) map[string]any {
 	return doc
 }
 
-// logLines waits until a log line holds text, and returns all that do, parsed.
-func (s *server) logLines(text string) []map[string]any {
+// logLines waits until a log line has the fields, each as it stands in JSON,
+// and returns all that do, parsed.
+func (s *server) logLines(fields ...string) []map[string]any {
 	s.t.Helper()
 	var found []map[string]any
-	s.waitUntil("a log line with "+text, func() bool {
+	s.waitUntil("a log line with "+strings.Join(fields, " and "), func() bool {
 		found = nil
 		for line := range strings.Lines(s.log.String()) {
 			var entry map[string]any
-			if strings.Contains(line, text) && json.Unmarshal([]byte(line), &entry) == nil {
+			lacks := func(field string) bool { return !strings.Contains(line, field) }
+			if !slices.ContainsFunc(fields, lacks) && json.Unmarshal([]byte(line), &entry) == nil {
 				found = append(found, entry)
 			}
 		}

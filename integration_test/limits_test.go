@@ -30,32 +30,32 @@ func randomSecret() string {
 	return "zejzl_" + base64.RawURLEncoding.EncodeToString(b[:])
 }
 
-type reply struct {
+type outcome struct {
 	status int
 	header http.Header
 	body   string
 }
 
 // fetch gets a URL with a key, from any goroutine.
-func fetch(client *http.Client, url, secret string) (reply, error) {
+func fetch(client *http.Client, url, secret string) (outcome, error) {
 	req, err := http.NewRequest(http.MethodGet, url, nil)
 	if err != nil {
-		return reply{}, err
+		return outcome{}, err
 	}
 	if secret != "" {
 		req.Header.Set("X-API-Key", secret)
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return reply{}, err
+		return outcome{}, err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
-	return reply{resp.StatusCode, resp.Header, string(body)}, err
+	return outcome{resp.StatusCode, resp.Header, string(body)}, err
 }
 
 // mustFetch is fetch where an answer of whatever status is certain.
-func mustFetch(t testing.TB, client *http.Client, url, secret string) reply {
+func mustFetch(t testing.TB, client *http.Client, url, secret string) outcome {
 	t.Helper()
 	got, err := fetch(client, url, secret)
 	if err != nil {
@@ -64,8 +64,8 @@ func mustFetch(t testing.TB, client *http.Client, url, secret string) reply {
 	return got
 }
 
-// plainClient keeps its own connections, so that no test waits on another's.
-func plainClient(t testing.TB) *http.Client {
+// loadClient keeps its own connections, so that no test waits on another's.
+func loadClient(t testing.TB) *http.Client {
 	transport := &http.Transport{MaxIdleConnsPerHost: 256}
 	t.Cleanup(transport.CloseIdleConnections)
 	return &http.Client{Transport: transport, Timeout: 30 * time.Second}
@@ -93,12 +93,12 @@ http://127.0.0.1:%d {
 	respond ok
 }`, port), env...)
 
-	client := plainClient(t)
+	client := loadClient(t)
 	for _, n := range limits {
 		t.Run(strconv.Itoa(n), func(t *testing.T) {
 			var ready, done sync.WaitGroup
 			gate := make(chan struct{})
-			answers := make([]reply, calls)
+			answers := make([]outcome, calls)
 			errs := make([]error, calls)
 			for i := range calls {
 				ready.Add(1)
@@ -144,16 +144,15 @@ http://127.0.0.1:%d {
 
 // retryAfter reads both spellings of how long to wait and holds them against
 // each other.
-func retryAfter(t testing.TB, r reply) time.Duration {
-	t.Helper()
+func retryAfter(r outcome) (time.Duration, error) {
 	ms, err := strconv.Atoi(r.header.Get("Retry-After-Ms"))
 	if err != nil || ms < 1 {
-		t.Fatalf("Retry-After-Ms is %q, want a positive number", r.header.Get("Retry-After-Ms"))
+		return 0, fmt.Errorf("Retry-After-Ms is %q, want a positive number", r.header.Get("Retry-After-Ms"))
 	}
 	if want := strconv.Itoa((ms + 999) / 1000); r.header.Get("Retry-After") != want {
-		t.Errorf("Retry-After is %q beside Retry-After-Ms %d, want %s", r.header.Get("Retry-After"), ms, want)
+		return 0, fmt.Errorf("Retry-After is %q beside Retry-After-Ms %d, want %s", r.header.Get("Retry-After"), ms, want)
 	}
-	return time.Duration(ms) * time.Millisecond
+	return time.Duration(ms) * time.Millisecond, nil
 }
 
 func TestRetryAfterIsNeitherTooShortNorTooLong(t *testing.T) {
@@ -166,7 +165,7 @@ http://127.0.0.1:%d {
 	respond ok
 }`, port), "ZEJZL_API_KEY_A="+secret+":x")
 	url := fmt.Sprintf("http://127.0.0.1:%d/", port)
-	client := plainClient(t)
+	client := loadClient(t)
 
 	for i := range 10 {
 		if got := mustFetch(t, client, url, secret); got.status != http.StatusOK {
@@ -179,24 +178,24 @@ http://127.0.0.1:%d {
 	if refusal.status != http.StatusTooManyRequests {
 		t.Fatalf("call 11: status %d, want 429", refusal.status)
 	}
-	wait := retryAfter(t, refusal)
-	if wait > 2*time.Second {
-		t.Fatalf("told to wait %v for a window of 2s", wait)
+	wait, err := retryAfter(refusal)
+	if err != nil || wait > 2*time.Second {
+		t.Fatalf("told to wait %v for a window of 2s: %v", wait, err)
 	}
 
 	// The server decided after sent, and rounded up by less than a
 	// millisecond: whoever is answered before this has come too early.
 	early := sent.Add(wait - time.Millisecond)
 	tries := 0
-	for time.Now().Before(early) {
+	for time.Until(early) > 100*time.Millisecond {
 		got := mustFetch(t, client, url, secret)
-		if time.Now().Before(early) {
+		switch inTime := time.Now().Before(early); {
+		case inTime && got.status != http.StatusTooManyRequests:
+			t.Fatalf("status %d before the wait of %v was over: the server waits longer than it must", got.status, wait)
+		case inTime:
 			tries++
-			if got.status != http.StatusTooManyRequests {
-				t.Fatalf("status %d before the wait of %v was over: the server waits longer than it must", got.status, wait)
-			}
-		} else if got.status == http.StatusOK {
-			return // on the edge: admitted while the wait ended
+		default:
+			t.Skip("one call took over 100 ms, across the end of the wait: too busy here to tell")
 		}
 	}
 	if tries == 0 {
@@ -281,7 +280,11 @@ func (k *loadKey) work(t *testing.T, client *http.Client, url string, end time.T
 			t.Errorf("key %s waited exactly as told and got %d", k.name, got.status)
 		}
 		if told = k.obedient && got.status == http.StatusTooManyRequests; told {
-			time.Sleep(time.Until(received.Add(retryAfter(t, got))))
+			wait, err := retryAfter(got)
+			if err != nil {
+				t.Errorf("key %s: %v", k.name, err)
+			}
+			time.Sleep(time.Until(received.Add(wait)))
 			continue
 		}
 		time.Sleep(k.pause())
@@ -313,7 +316,7 @@ http://127.0.0.1:%d {
 	var wg sync.WaitGroup
 	for _, k := range keys {
 		for range k.workers {
-			client := plainClient(t)
+			client := loadClient(t)
 			wg.Go(func() { k.work(t, client, fmt.Sprintf("http://127.0.0.1:%d/", port), end) })
 		}
 	}
