@@ -99,13 +99,12 @@ func (g *Guard) lookup(d key.Digest) (key.Entry, bool) {
 // identify tells the backend who calls, in headers that no client can write:
 // every spelling of them was removed before, and their names are taken out of
 // Connection, which would else make the proxy drop them (CVE-2021-32813).
-func identify(h http.Header, k *key.Key, tierName string) {
-	values := [...]string{k.ID, tierName, k.Name}
-	own := values[:]
-	h[idHeader] = own[0:1:1]
-	h[tierHeader] = own[1:2:2]
-	if k.Name != "" {
-		h[nameHeader] = own[2:3:3]
+func (x *exchange) identify(tierName string) {
+	h := x.request.Header
+	h[idHeader] = x.value(x.key.ID)
+	h[tierHeader] = x.value(tierName)
+	if x.key.Name != "" {
+		h[nameHeader] = x.value(x.key.Name)
 	}
 }
 

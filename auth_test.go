@@ -193,7 +193,8 @@ func TestIdentityTrailer(t *testing.T) {
 
 func TestIdentifyWithoutName(t *testing.T) {
 	h := make(http.Header)
-	identify(h, &key.Key{ID: "k"}, "free")
+	x := &exchange{request: &http.Request{Header: h}, key: &key.Key{ID: "k"}}
+	x.identify("free")
 	if _, there := h[nameHeader]; there || h.Get(idHeader) != "k" || h.Get(tierHeader) != "free" {
 		t.Errorf("%v", h)
 	}

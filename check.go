@@ -150,12 +150,13 @@ func checkLogs(logs map[string]*caddy.CustomLog, servers map[string]*checkedServ
 	var findings []finding
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		l := all[name]
-		where, mend := fmt.Sprintf("log %q", name), "give it format zejzl; the format it has now goes into its wrap"
-		if l == nil {
-			l, mend = new(caddy.CustomLog), "give it format zejzl"
-			if name == defaultLog {
-				mend = "add log default { format zejzl } to the global options"
-			}
+		where, mend := fmt.Sprintf("log %q", name), "give it format zejzl"
+		switch {
+		case l == nil:
+			l = new(caddy.CustomLog)
+			mend = "add log " + name + " { format zejzl } to the global options"
+		case len(l.EncoderRaw) > 0:
+			mend += ", with the format it has now as its wrap"
 		}
 		takes := requestLogger(l, servers)
 		if takes == "" || discards(l) {

@@ -1,7 +1,6 @@
 package zejzlauth
 
 import (
-	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -77,7 +76,11 @@ func generate(w io.Writer, tierName, name string, asJSON bool) error {
 	digest := key.Sum(secret)
 	value, line := digest.String()+":"+tierName, "key "+digest.String()+" "+tierName
 	if name != "" {
-		value, line = value+":"+name, line+" "+caddyfileQuote(name)
+		quoted, err := caddyfileQuote(name)
+		if err != nil {
+			return fmt.Errorf("--name: %w", err)
+		}
+		value, line = value+":"+name, line+" "+quoted
 	}
 	generated := generatedKey{
 		Secret: secret, Hash: digest.String(), ID: digest.ID(),
@@ -99,8 +102,18 @@ What the server keeps, one of:
 	return err
 }
 
-func caddyfileQuote(s string) string {
-	return `"` + strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(s) + `"`
+// caddyfileQuote makes one token of s. A Caddyfile has no escape for its
+// placeholders, for a backtick in backticks, nor for a backslash anywhere.
+func caddyfileQuote(s string) (string, error) {
+	switch {
+	case strings.Contains(s, "{"), strings.Contains(s, "`") && strings.Contains(s, `\`):
+		return "", errors.New("expected a name without { and without ` beside \\, for a Caddyfile can't hold it")
+	case strings.Contains(s, "`"):
+		return `"` + strings.ReplaceAll(s, `"`, `\"`) + `"`, nil
+	case strings.ContainsAny(s, `"\`):
+		return "`" + s + "`", nil
+	}
+	return `"` + s + `"`, nil
 }
 
 func hashCommand() *cobra.Command {
@@ -142,7 +155,7 @@ func readSecret(in *os.File, prompt io.Writer) (string, error) {
 		fmt.Fprintln(prompt)
 		return string(secret), err
 	}
-	input, err := io.ReadAll(io.LimitReader(bufio.NewReader(in), 4096))
+	input, err := io.ReadAll(io.LimitReader(in, 4096))
 	if err != nil {
 		return "", fmt.Errorf("reading standard input: %w", err)
 	}

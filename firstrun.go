@@ -73,7 +73,7 @@ func printDevelopmentKey(w io.Writer, secret string, sites []guardSite, rootCert
 }
 
 func shellQuote(s string) string {
-	if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-") == "" {
+	if strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/:._-") == "" {
 		return s
 	}
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
@@ -185,20 +185,4 @@ func hasGuard(handlers []caddyhttp.MiddlewareHandler) bool {
 		}
 	}
 	return false
-}
-
-// logEncoders holds, by the context of the configuration they belong to, that
-// log encoders of ours exist. Caddy opens logs before it provisions apps, and
-// tells apps nothing of them.
-var logEncoders sync.Map // Done channel of the configuration's context
-
-func noteLogEncoder(ctx caddy.Context) {
-	done := ctx.Done()
-	logEncoders.Store(done, nil)
-	ctx.OnCancel(func() { logEncoders.Delete(done) })
-}
-
-func hasLogEncoder(ctx caddy.Context) bool {
-	_, ok := logEncoders.Load(ctx.Done())
-	return ok
 }

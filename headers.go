@@ -166,9 +166,10 @@ type answer struct {
 	operator   [][]string // by enforced header: values that were there before the guard
 	serverName string     // operator's Server header
 
-	// Header values live in the request's own memory: Caddy's header directive
-	// replaces within slices in place, so none may be shared between requests.
-	arena [24]string
+	// Header values, to the caller and to the backend, live in the request's own
+	// memory: Caddy's header directives replace within slices in place, so none
+	// may be shared between requests.
+	arena [21]string
 	used  int
 }
 
@@ -185,6 +186,12 @@ func (a *answer) value(s string) []string {
 // begin puts the enforced headers on the response at once. A value that is
 // there already was set by the operator in front of the guard, and stays.
 func (a *answer) begin(h http.Header) {
+	if server := h["Server"]; len(server) > 0 && a.route != open {
+		if server[0] != caddyhttp.ServerHeader {
+			a.serverName = server[0]
+		}
+		delete(h, "Server")
+	}
 	rules := a.guard.header.enforced
 	for i := range rules {
 		if a.skips(&rules[i]) {
@@ -200,16 +207,9 @@ func (a *answer) begin(h http.Header) {
 		}
 		a.operator[i] = slices.Clone(there)
 	}
-	if a.route == open {
-		return
+	if a.route != open {
+		a.appendVary(h)
 	}
-	if server := h["Server"]; len(server) > 0 {
-		if server[0] != caddyhttp.ServerHeader {
-			a.serverName = server[0]
-		}
-		delete(h, "Server")
-	}
-	a.appendVary(h)
 }
 
 // finish runs once, when the final status is known: it takes out what the

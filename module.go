@@ -265,7 +265,7 @@ func (g *Guard) admitKey(x *exchange, k *key.Key) *refusal {
 	x.meter()
 	x.observe()
 	g.cleanRequest(x.request.Header, x.route, true)
-	identify(x.request.Header, k, x.tier.name)
+	x.identify(x.tier.name)
 	g.logAdmitted(x)
 	return nil
 }

@@ -82,6 +82,9 @@ func TestDocumentedCaddyfiles(t *testing.T) {
 				if err := caddy.Validate(harmless(t, raw)); err != nil {
 					t.Errorf("validating: %v", err)
 				}
+				if page == "README.md" && strings.Contains(block.text, ".example.com {") {
+					expectNoFindings(t, raw)
+				}
 			})
 		}
 	}
@@ -174,6 +177,18 @@ func harmless(t *testing.T, raw []byte) *caddy.Config {
 		cfg.AppsRaw["zejzl"] = caddyconfig.JSON(&app, nil)
 	}
 	return cfg
+}
+
+// expectNoFindings holds what people copy to our own advice.
+func expectNoFindings(t *testing.T, raw []byte) {
+	t.Helper()
+	findings, err := checkConfig(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range findings {
+		t.Errorf("caddy zejzl check: %s: %s", f.where, f.what)
+	}
 }
 
 func TestReadmeExamplesAreTheFiles(t *testing.T) {
@@ -273,8 +288,8 @@ func parseJSON(t *testing.T, raw []byte, value any) {
 // subdirectives are the Caddyfile names of a type's JSON fields.
 func subdirectives(of reflect.Type) []string {
 	var names []string
-	for i := range of.NumField() {
-		name, _, _ := strings.Cut(of.Field(i).Tag.Get("json"), ",")
+	for field := range of.Fields() {
+		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 		switch name {
 		case "":
 			continue

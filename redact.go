@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -65,11 +66,19 @@ func (*LogEncoder) CaddyModule() caddy.ModuleInfo {
 // Provision sets up the wrapped encoder.
 func (e *LogEncoder) Provision(ctx caddy.Context) error {
 	e.ctx = ctx
+	if err := e.provisionWrapped(); err != nil {
+		return err
+	}
+	noteLogEncoder(ctx)
+	return nil
+}
+
+func (e *LogEncoder) provisionWrapped() error {
 	if e.WrappedRaw == nil {
 		e.wrappedIsDefault = true
 		return e.wrapDefault(new(logging.JSONEncoder))
 	}
-	mod, err := ctx.LoadModule(e, "WrappedRaw")
+	mod, err := e.ctx.LoadModule(e, "WrappedRaw")
 	if err != nil {
 		return fmt.Errorf("loading the log encoder that zejzl wraps: %w", err)
 	}
@@ -78,6 +87,13 @@ func (e *LogEncoder) Provision(ctx caddy.Context) error {
 		return fmt.Errorf("zejzl can't wrap %T: expected a log encoder", mod)
 	}
 	e.wrap(enc)
+	return nil
+}
+
+// Cleanup implements caddy.CleanerUpper. Caddy calls it after a failed
+// Provision too; then the configuration is dropped with all its encoders.
+func (e *LogEncoder) Cleanup() error {
+	forgetLogEncoders(e.ctx)
 	return nil
 }
 
@@ -431,14 +447,48 @@ func scrubTree(tree any, headers bool) (clean any, changed bool) {
 	return tree, changed
 }
 
+// logEncoders holds, by the context of the configuration they belong to, that
+// log encoders of ours exist. Caddy opens logs before it provisions apps, and
+// tells apps nothing of them.
+var logEncoders sync.Map // Done channel of the configuration's context
+
+func noteLogEncoder(ctx caddy.Context) { logEncoders.Store(ctx.Done(), nil) }
+
+// forgetLogEncoders is for Cleanup: Context.OnCancel would add to a copy.
+func forgetLogEncoders(ctx caddy.Context) { logEncoders.Delete(ctx.Done()) }
+
+func hasLogEncoder(ctx caddy.Context) bool {
+	_, ok := logEncoders.Load(ctx.Done())
+	return ok
+}
+
+// MarshalLogObject shows the guard in logs: the trace of a server logs the
+// exported fields of its handlers otherwise, hashes of keys among them.
+func (g *Guard) MarshalLogObject(enc zapcore.ObjectEncoder) error {
+	zone, dialect := g.Zone, g.Errors
+	if zone == "" {
+		zone = defaultZone
+	}
+	if dialect == "" {
+		dialect = "auto"
+	}
+	enc.AddString("zone", zone)
+	enc.AddInt("keys", len(g.Keys))
+	enc.AddString("tiers", tierNames(g.tiers))
+	enc.AddString("errors", dialect)
+	return nil
+}
+
 // Interface guards
 var (
 	_ caddy.Provisioner                = (*LogEncoder)(nil)
+	_ caddy.CleanerUpper               = (*LogEncoder)(nil)
 	_ caddy.ConfiguresFormatterDefault = (*LogEncoder)(nil)
 	_ caddyfile.Unmarshaler            = (*LogEncoder)(nil)
 	_ zapcore.Encoder                  = (*LogEncoder)(nil)
 	_ zapcore.ObjectEncoder            = (*cleanObject)(nil)
 	_ zapcore.ArrayEncoder             = (*cleanArray)(nil)
+	_ zapcore.ObjectMarshaler          = (*Guard)(nil)
 	_ zapcore.ObjectMarshaler          = (*cleanFields)(nil)
 	_ zapcore.ObjectMarshaler          = (*cleanObjectMarshaler)(nil)
 	_ zapcore.ArrayMarshaler           = (*cleanArrayMarshaler)(nil)

@@ -34,8 +34,10 @@ const dialectNames = "auto, zejzl, openai, anthropic, gemini, problem or caddy"
 // speaks finds the dialect of the caller, so that its SDK raises its own
 // typed error. Ollama's clients read the zejzl dialect.
 func speaks(r *http.Request, path string) dialect {
-	if accept := r.Header["Accept"]; len(accept) > 0 && strings.Contains(accept[0], "application/problem+json") {
-		return dialectProblem
+	for _, accept := range r.Header["Accept"] {
+		if strings.Contains(accept, "application/problem+json") {
+			return dialectProblem
+		}
 	}
 	if len(r.Header["Anthropic-Version"]) > 0 || strings.Contains(path, "/v1/messages") {
 		return dialectAnthropic

@@ -106,7 +106,7 @@ func TestPaths(t *testing.T) {
 	t.Run("refused even with a key", func(t *testing.T) {
 		for _, path := range []string{
 			"/..", "/.", "/../", "/./x", "/a/..", "/a/.", "/a/../b", "/a/./b", "/api/status/../chat", "/%2e", "/%2e%2e/x", "/.%2e/x", "/%2E./x", "/a/%2E%2e",
-			"/a%2f..%2fb", "/a/..%2fb", "/a%2F%2e%2E%2Fb", "/..;/x", "/a/..;x=y/b", "/a/.;/b", "/a/%2e%2e;/b", "/a/..%3b/b", "/static/../api/chat", "//../x",
+			"/a%2f..%2fb", "/a/..%2fb", "/a%2F%2e%2E%2Fb", "/..;/x", "/a/..;x=y/b", "/a/.;/b", "/a/%2e%2e;/b", "/a/..%3b/b", "/static/../api/chat", "//../x", "/%252e%252e/x",
 			"/api/status#/../chat", "http://inside/a/../b", `/a\b`, "/a%5cb", "/a%5Cb", `/a\..\b`, "/a%00", "/%00", "/a%0ab", "/a%0d%0ab", "/a%09b", "/a%1fb", "/a%7fb",
 		} {
 			for _, method := range []string{"GET", "POST"} {
@@ -119,7 +119,7 @@ func TestPaths(t *testing.T) {
 	t.Run("unusual with a key", func(t *testing.T) {
 		for _, uri := range []string{
 			"/a//b", "//a/b", "///", "/a%2fb", "/a%2Fb", "/a;b=c/d", "/a%3bb", "/api/status;x", "/api/Status", "/API/CHAT", "/%61pi/chat", "/api/%63hat", "/a%2eb",
-			"/a%20b", "/a+b", "/a%25b", "/%252e%252e/x", "/a%23b", "/a%3fb", "/a%3F?b=%2F..", "/caf%C3%A9", "/caf%c3%a9", "/a%ffb", "/v1/models/a:generate", "/*",
+			"/a%20b", "/a+b", "/a%25b", "/a%2525b", "/a%23b", "/a%3fb", "/a%3F?b=%2F..", "/caf%C3%A9", "/caf%c3%a9", "/a%ffb", "/models/a:b", "/*",
 			"/a,b(c)!d'e~f@g&h=i$", "/...", "/a/.b", "/a/..b", "/a..", "/x?", "/x?a=/../b&c=\\d", "/models/org%2Fmodel", "/api/status/", "/static",
 		} {
 			r := g.ask(t, "POST "+uri)
