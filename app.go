@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -214,8 +215,10 @@ func (k *GuardKey) record(defaultTier string) (key.Record, error) {
 	return record, err
 }
 
+// isPlaceholder takes exactly one placeholder, and no key in braces: what is
+// in braces is kept and shown.
 func isPlaceholder(s string) bool {
-	return len(s) > 2 && s[0] == '{' && s[len(s)-1] == '}'
+	return len(s) > 2 && s[0] == '{' && strings.IndexAny(s[1:], "{}") == len(s)-2 && scrub(s) == s
 }
 
 // Start implements caddy.App.

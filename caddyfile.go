@@ -10,6 +10,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/zejzl/caddy-zejzl-auth/internal/key"
 )
 
 func init() {
@@ -93,9 +95,9 @@ func (g *Guard) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 func (g *Guard) unmarshalOption(d *caddyfile.Dispenser, name string) (err error) {
 	switch name {
 	case "protect":
-		g.Protect, err = someArgs(d)
+		g.Protect, err = pathArgs(d)
 	case "public":
-		g.Public, err = someArgs(d)
+		g.Public, err = pathArgs(d)
 	case "key":
 		err = g.unmarshalKey(d)
 	case "tier":
@@ -146,9 +148,18 @@ func (g *Guard) unmarshalKey(d *caddyfile.Dispenser) error {
 	}
 	if len(args) > 1 {
 		k.Tier = args[1]
+		if err := key.ValidateTierName(k.Tier); err != nil {
+			return d.Errf("key: %w", err)
+		}
 	}
 	if len(args) > 2 {
 		k.Name = args[2]
+		if err := key.ValidateName(k.Name); err != nil {
+			return d.Errf("key: %w", err)
+		}
+		if strings.Contains(k.Name, args[0]) {
+			return d.Err("key: expected a name that does not contain the secret")
+		}
 	}
 	g.Keys = append(g.Keys, k)
 	return nil
@@ -262,8 +273,24 @@ func unmarshalCORS(d *caddyfile.Dispenser) (*CORS, error) {
 	if len(c.Origins) == 0 && len(c.DevOrigins) == 0 && !c.Backend {
 		return nil, d.Err("cors: expected origins such as https://app.example.com, or: cors backend")
 	}
+	if err := checkCORS(*c); err != nil {
+		return nil, d.WrapErr(err)
+	}
 	return c, nil
 }
+
+// checkCORS checks what can be known before placeholders have values.
+func checkCORS(c CORS) error {
+	c.Origins = slices.DeleteFunc(slices.Clone(c.Origins), hasPlaceholder)
+	c.DevOrigins = slices.DeleteFunc(slices.Clone(c.DevOrigins), hasPlaceholder)
+	if len(c.Origins)+len(c.DevOrigins) == 0 && !c.Backend {
+		c.Origins = []string{"https://example.com"} // in place of those not known
+	}
+	_, err := newCORSPolicy(&c, true)
+	return err
+}
+
+func hasPlaceholder(s string) bool { return strings.Contains(s, "{") }
 
 func unmarshalHeaders(d *caddyfile.Dispenser) (*HeaderOps, error) {
 	if err := noArgs(d); err != nil {
@@ -276,18 +303,24 @@ func unmarshalHeaders(d *caddyfile.Dispenser) (*HeaderOps, error) {
 		if err := once(d, seen, strings.ToLower(name)); err != nil {
 			return nil, err
 		}
+		var line HeaderOps
 		var err error
 		if leaveOut {
-			ops.Delete, err = append(ops.Delete, name), noArgs(d)
+			line.Delete, err = []string{name}, noArgs(d)
+			ops.Delete = append(ops.Delete, name)
 		} else {
 			ops.Set[name], err = oneArg(d)
+			line.Set = map[string]string{name: ops.Set[name]}
+			if hasPlaceholder(ops.Set[name]) {
+				line.Set[name] = ""
+			}
 		}
 		if err != nil {
 			return nil, err
 		}
-	}
-	if _, err := newHeaderRules(&HeaderOps{Delete: ops.Delete}); err != nil {
-		return nil, d.WrapErr(err)
+		if _, err := newHeaderRules(&line); err != nil {
+			return nil, d.WrapErr(err)
+		}
 	}
 	return ops, nil
 }
@@ -380,6 +413,20 @@ func someArgs(d *caddyfile.Dispenser) ([]string, error) {
 	args := d.RemainingArgs()
 	if len(args) == 0 {
 		return nil, d.ArgErr()
+	}
+	return args, nil
+}
+
+// pathArgs reads path patterns and refuses a bad one where it stands.
+func pathArgs(d *caddyfile.Dispenser) ([]string, error) {
+	args, err := someArgs(d)
+	if err != nil {
+		return nil, err
+	}
+	for _, arg := range args {
+		if _, err := parsePathPattern(arg); err != nil {
+			return nil, d.WrapErr(err)
+		}
 	}
 	return args, nil
 }

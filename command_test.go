@@ -265,7 +265,7 @@ func TestGenerateCommand(t *testing.T) {
 func TestCheckCommand(t *testing.T) {
 	secret := key.Generate()
 	site := ":8080 {\n zejzl_auth {\n key " + secret + " pro\n %\n }\n reverse_proxy :8000\n}\n"
-	safe, json := safeLog+strings.Replace(site, "%", "", 1), `{"apps": {"http": {"servers": {"s": {"routes": [{"handle": [{"handler": "zejzl_auth", "keys": [{"secret": "`+secret+`"}]}]}]}}}}}`
+	safe, literal := safeLog+strings.Replace(site, "%", "", 1), `{"apps": {"http": {"servers": {"s": {"routes": [{"handle": [{"handler": "zejzl_auth", "keys": [{"secret": "`+secret+`"}]}]}]}}}}}`
 	for _, tt := range []struct {
 		file, content string
 		args          []string
@@ -275,7 +275,7 @@ func TestCheckCommand(t *testing.T) {
 		{"Caddyfile", safe, nil, 0, "no findings\n", ""},
 		{"site.conf", safe, nil, 0, "no findings\n", ""},
 		{"config.json", safe, nil, exitUnchecked, "", "not valid JSON"},
-		{"config.json", json, nil, exitFindings, `log "default"`, "findings: 1"},
+		{"config.json", literal, nil, exitFindings, `log "default"`, "findings: 1"},
 		{"config.txt", safe, []string{"--adapter", "caddyfile"}, 0, "no findings\n", ""},
 		{"config.txt", safe, []string{"--adapter", "nonesuch"}, exitUnchecked, "", "nonesuch"},
 		{"Caddyfile", strings.Replace(site, "%", "", 1), nil, exitFindings, `log "default"`, "findings: 1"},

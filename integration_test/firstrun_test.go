@@ -3,6 +3,7 @@ package integration
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -34,13 +35,13 @@ func startFirstRun(t *testing.T) *server {
 	}
 	s := &server{t: t, dir: dir, admin: fmt.Sprintf("127.0.0.1:%d", freePort(t)), log: new(lockedBuffer), done: make(chan struct{})}
 	s.write("example.Caddyfile", string(example))
-	standIn := freePort(t)
+	standIn, httpsPort := freePort(t), freePort(t)
 	s.cmd = exec.Command(caddy, "run", "--config", "example.Caddyfile")
 	s.cmd.Dir = dir
 	s.cmd.Env = []string{
 		"HOME=" + dir, "XDG_DATA_HOME=" + dir + "/data", "XDG_CONFIG_HOME=" + dir + "/config", "PATH=" + os.Getenv("PATH"),
 		"ENVIRONMENT=development", "CADDY_ADMIN=" + s.admin,
-		fmt.Sprintf("ZEJZL_HTTP_PORT=%d", freePort(t)), fmt.Sprintf("ZEJZL_HTTPS_PORT=%d", freePort(t)),
+		fmt.Sprintf("ZEJZL_HTTP_PORT=%d", freePort(t)), fmt.Sprintf("ZEJZL_HTTPS_PORT=%d", httpsPort),
 		fmt.Sprintf("ZEJZL_STAND_IN_PORT=%d", standIn), fmt.Sprintf("AI_BACKEND=127.0.0.1:%d", standIn),
 	}
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
@@ -52,7 +53,16 @@ func startFirstRun(t *testing.T) *server {
 	s.waitUntil("serving initial configuration", func() bool {
 		return strings.Contains(s.log.String(), "serving initial configuration")
 	})
-	s.roots() // the authority is there, and so the certificate soon
+	// Caddy makes the certificate in the background; nobody pastes as fast as a test.
+	config := &tls.Config{ServerName: "localhost", RootCAs: s.roots()}
+	s.waitUntil("a certificate for localhost", func() bool {
+		conn, err := tls.Dial("tcp", fmt.Sprintf("127.0.0.1:%d", httpsPort), config)
+		if err != nil {
+			return false
+		}
+		conn.Close()
+		return true
+	})
 	return s
 }
 
