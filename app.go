@@ -86,7 +86,7 @@ func (a *App) provisionTiers() error {
 		a.defaultTier = builtinDefaultTier
 	}
 	if a.tiers[a.defaultTier] == nil {
-		return fmt.Errorf("default_tier: unknown tier %q, expected one of %s", a.defaultTier, tierNames(a.tiers))
+		return fmt.Errorf("default_tier: unknown tier %q, expected one of %s", scrub(a.defaultTier), tierNames(a.tiers))
 	}
 	return nil
 }

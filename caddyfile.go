@@ -1,6 +1,7 @@
 package zejzlauth
 
 import (
+	"errors"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,18 +26,19 @@ func init() {
 func parseDirective(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	g := new(Guard)
 	if err := g.UnmarshalCaddyfile(h.Dispenser); err != nil {
-		return nil, err
+		return nil, errors.New(scrub(err.Error())) // it may quote a key in the wrong place
 	}
 	return g, nil
 }
 
 func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
 	if existing != nil {
+		d.Next() // the error tells where
 		return nil, d.Err("the zejzl option is already given")
 	}
 	a := new(App)
 	if err := a.UnmarshalCaddyfile(d); err != nil {
-		return nil, err
+		return nil, errors.New(scrub(err.Error()))
 	}
 	return httpcaddyfile.App{Name: "zejzl", Value: caddyconfig.JSON(a, nil)}, nil
 }
@@ -127,9 +129,17 @@ func (g *Guard) unmarshalOption(d *caddyfile.Dispenser, name string) (err error)
 			}
 		}
 	default:
-		return d.Errf("unrecognized subdirective %q", name)
+		return unrecognized(d, "subdirective")
 	}
 	return err
+}
+
+// unrecognized does not quote what could be a secret whose `key` was forgotten.
+func unrecognized(d *caddyfile.Dispenser, what string) error {
+	if key.WellFormed(d.Val()) {
+		return d.Errf("unrecognized %s, not shown as it could be a secret", what)
+	}
+	return d.Errf("unrecognized %s %q", what, d.Val())
 }
 
 // unmarshalKey never quotes its arguments in errors: any may be a secret.
@@ -356,7 +366,7 @@ func (a *App) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		case "default_tier":
 			a.DefaultTier, err = oneArg(d)
 		default:
-			err = d.Errf("unrecognized option %q", option)
+			err = unrecognized(d, "option")
 		}
 		if err != nil {
 			return err

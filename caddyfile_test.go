@@ -126,7 +126,6 @@ func TestCaddyfileErrors(t *testing.T) {
 		"headers {\nX: a\n}":                                                  `headers: "X:": expected a header name, at Testfile:3`,
 		"errors":                                                              "wrong argument count",
 		"errors json":                                                         "errors: expected auto, zejzl, openai, anthropic, gemini, problem or caddy, at Testfile:2",
-		"errors \"\"":                                                         "errors: expected auto",
 		"errors auto openai":                                                  "wrong argument count",
 		"errors auto\nerrors auto":                                            "errors is already given, at Testfile:3",
 		"forward_credentials on":                                              "wrong argument count",
@@ -235,4 +234,41 @@ func FuzzCaddyfile(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The design's example is not only read: it can be run.
+func TestDesignExampleProvisions(t *testing.T) {
+	text, err := os.ReadFile("testdata/adapt/design.caddyfiletest")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, adapted, _ := strings.Cut(string(text), "----------\n")
+	var config struct {
+		Apps struct {
+			Zejzl json.RawMessage
+			HTTP  struct {
+				Servers map[string]struct {
+					Routes []struct {
+						Handle []struct {
+							Routes []struct{ Handle []json.RawMessage }
+						}
+					}
+				}
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(adapted), &config); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(filepath.Dir(writeKeyFile(t, keysJSON(key.Generate()))))
+	t.Setenv("PROD_KEY", literalSecret)
+	handlers := config.Apps.HTTP.Servers["srv0"].Routes[0].Handle[0].Routes[0].Handle
+	if _, err := provisionConfig(t, siteConfig(`{"listen": ["127.0.0.1:0"], "routes": [{"handle": [`+string(handlers[0])+`]}]}`,
+		string(config.Apps.Zejzl))); err != nil {
+		t.Error(err)
+	}
+	_ = os.Unsetenv("PROD_KEY")
+	_, err = provisionConfig(t, siteConfig(`{"listen": ["127.0.0.1:0"], "routes": [{"handle": [`+string(handlers[0])+`]}]}`,
+		string(config.Apps.Zejzl)))
+	mustNotTell(t, err, nil, "keys[1]: secret: ", "PROD_KEY")
 }

@@ -39,11 +39,9 @@ func (*exchange) String() string { return "zejzl_auth" }
 func newExchange(g *Guard, w http.ResponseWriter, r *http.Request, rt route, uri string) *exchange {
 	x := &exchange{request: r, start: g.clock.tick()}
 	x.path, _, _ = strings.Cut(uri, "?")
-	for name := range r.Trailer {
-		if isIdentityHeader(name) {
-			r.Trailer = nil // some servers take trailers for headers
-		}
-	}
+	// Some backends take trailers for headers. None can be let through by name:
+	// net/http adds to those announced whatever else ends the body.
+	r.Trailer = nil
 	x.ResponseWriter = w
 	x.charges = x.room[:0]
 	x.guard, x.route = g, rt
@@ -204,10 +202,10 @@ func (x *exchange) refuse(f *refusal) error {
 		g.logFailure(x, f) // else Caddy logs it, but for what a panic said
 	}
 
-	x.finish(h)
-	f.setHeaders(h)
-	h["X-Request-Id"] = []string{requestID}
 	if x.dialect == dialectCaddy {
+		x.finish(h)
+		f.setHeaders(h)
+		h["X-Request-Id"] = []string{requestID}
 		err := f.err
 		if err == nil {
 			err = f
@@ -216,9 +214,12 @@ func (x *exchange) refuse(f *refusal) error {
 		return caddyhttp.Error(f.status, err)
 	}
 	// What an inner handler said of a body that will not come.
-	for _, name := range [...]string{"Content-Encoding", "Etag", "Last-Modified", "Accept-Ranges", "Content-Range"} {
+	for _, name := range [...]string{"Content-Type", "Content-Encoding", "Etag", "Last-Modified", "Accept-Ranges", "Content-Range"} {
 		delete(h, name)
 	}
+	x.finish(h)
+	f.setHeaders(h)
+	h["X-Request-Id"] = []string{requestID}
 	if x.dialect == dialectAnthropic {
 		h["Request-Id"] = []string{requestID}
 	}

@@ -98,10 +98,11 @@ type guardSite struct {
 }
 
 func (s guardSite) url() string {
-	if s.scheme == "https" && s.port == 443 || s.scheme == "http" && s.port == 80 {
-		return s.scheme + "://" + s.host
+	address := net.JoinHostPort(strings.Trim(s.host, "[]"), strconv.FormatUint(uint64(s.port), 10))
+	if s.scheme == "https" {
+		return "https://" + strings.TrimSuffix(address, ":443")
 	}
-	return s.scheme + "://" + net.JoinHostPort(strings.Trim(s.host, "[]"), strconv.FormatUint(uint64(s.port), 10))
+	return "http://" + strings.TrimSuffix(address, ":80")
 }
 
 // guardSites finds the guards of the running configuration, in the order of

@@ -232,6 +232,9 @@ func (a *answer) finish(h http.Header) {
 	rules := a.guard.header.enforced
 	for i := range rules {
 		if a.skips(&rules[i]) {
+			if rules[i].secureOnly {
+				delete(h, rules[i].name) // nor may the backend send it here
+			}
 			continue
 		}
 		now := h[rules[i].name]

@@ -300,8 +300,11 @@ func TestThinner(t *testing.T) {
 		count int64
 		due   bool
 	}{
-		{"a", reasonInvalidKey, 0, 1, true}, {"a", reasonInvalidKey, 1, 0, false}, {"a", reasonInvalidKey, logInterval - 1, 0, false},
-		{"a", reasonInvalidKey, logInterval, 3, true}, {"a", reasonInvalidKey, 3 * logInterval, 1, true},
+		{"a", reasonInvalidKey, 0, 1, true},
+		{"a", reasonInvalidKey, 1, 0, false},
+		{"a", reasonInvalidKey, logInterval - 1, 0, false},
+		{"a", reasonInvalidKey, logInterval, 3, true},
+		{"a", reasonInvalidKey, 3 * logInterval, 1, true},
 	} {
 		if count, due := thin.due(c.why, c.who, c.at); count != c.count || due != c.due {
 			t.Errorf("%+v: %d %v", c, count, due)

@@ -163,7 +163,7 @@ func (g *Guard) provisionTiers() error {
 		g.defaultTier = g.app.defaultTier
 	}
 	if g.tiers[g.defaultTier] == nil {
-		return fmt.Errorf("default_tier: unknown tier %q, expected one of %s", g.defaultTier, tierNames(g.tiers))
+		return fmt.Errorf("default_tier: unknown tier %q, expected one of %s", scrub(g.defaultTier), tierNames(g.tiers))
 	}
 	return nil
 }

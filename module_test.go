@@ -165,12 +165,19 @@ func TestRefusedBeforeTheKey(t *testing.T) {
 		header         []string
 		status         int
 	}{
-		{"TRACE", "/api", nil, 405}, {"TRACK", "/api", nil, 405}, {"gEt", "/api", nil, 405}, {"CONNECT", "/api", nil, 405},
-		{"GET", "/api/../x", nil, 400}, {"GET", `/api%5Cx`, nil, 400}, {"GET", "/api/%252e%252e/x", nil, 400},
+		{"TRACE", "/api", nil, 405},
+		{"TRACK", "/api", nil, 405},
+		{"gEt", "/api", nil, 405},
+		{"CONNECT", "/api", nil, 405},
+		{"GET", "/api/../x", nil, 400},
+		{"GET", `/api%5Cx`, nil, 400},
+		{"GET", "/api/%252e%252e/x", nil, 400},
 		{"OPTIONS", "/api", []string{"Origin", "https://evil.example", "Access-Control-Request-Method", "POST"}, 403},
 		{"OPTIONS", "/api", []string{"Origin", corsTestOrigin, "Access-Control-Request-Method", "POST"}, 204},
-		{"PROPFIND", "/api", []string{"X-Api-Key", "SECRET"}, 200}, {"OPTIONS", "/api", []string{"X-Api-Key", "SECRET"}, 200},
-		{"OPTIONS", "/api", nil, 401}, {"GET", "/a;b//c", []string{"X-Api-Key", "SECRET"}, 200},
+		{"PROPFIND", "/api", []string{"X-Api-Key", "SECRET"}, 200},
+		{"OPTIONS", "/api", []string{"X-Api-Key", "SECRET"}, 200},
+		{"OPTIONS", "/api", nil, 401},
+		{"GET", "/a;b//c", []string{"X-Api-Key", "SECRET"}, 200},
 	} {
 		req := newRequest(c.method, c.target, c.header...)
 		next := notReached(t)

@@ -131,8 +131,13 @@ func TestMethodAllowed(t *testing.T) {
 		proto, protocol string
 		want            bool
 	}{
-		{1, "HTTP/1.1", "websocket", false}, {2, "HTTP/2.0", "websocket", true}, {2, "HTTP/2.0", "", false},
-		{2, "HTTP/2.0", "connect-udp", false}, {3, "websocket", "", true}, {3, "HTTP/3.0", "", false}, {3, "connect-udp", "", false},
+		{1, "HTTP/1.1", "websocket", false},
+		{2, "HTTP/2.0", "websocket", true},
+		{2, "HTTP/2.0", "", false},
+		{2, "HTTP/2.0", "connect-udp", false},
+		{3, "websocket", "", true},
+		{3, "HTTP/3.0", "", false},
+		{3, "connect-udp", "", false},
 	} {
 		r := httptest.NewRequest(http.MethodConnect, "/", nil)
 		r.ProtoMajor, r.Proto = c.major, c.proto

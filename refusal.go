@@ -265,6 +265,9 @@ func (f *refusal) body(d dialect, requestID string) ([]byte, string) {
 		doc = anthropicError{"error", anthropicDetail{kind, message}, requestID}
 	case dialectGemini:
 		detail := geminiDetail{Code: f.status, Message: message, Status: words.gemini}
+		if f.status == http.StatusGatewayTimeout {
+			detail.Status = "DEADLINE_EXCEEDED"
+		}
 		if f.reason == reasonRateLimited {
 			delay := strconv.FormatFloat(ceilTo(f.wait, time.Millisecond).Seconds(), 'f', -1, 64) + "s"
 			detail.Details = []retryInfo{{"type.googleapis.com/google.rpc.RetryInfo", delay}}

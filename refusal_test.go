@@ -184,15 +184,23 @@ func TestRefusalOf(t *testing.T) {
 		status int
 		why    reason
 	}{
-		{plain, 500, "internal_error"}, {&panicError{value: "x"}, 500, "internal_error"},
-		{caddyhttp.Error(500, plain), 500, "internal_error"}, {caddyhttp.Error(507, plain), 507, "internal_error"},
-		{caddyhttp.Error(502, plain), 502, "upstream_error"}, {caddyhttp.Error(503, plain), 503, "upstream_error"},
-		{caddyhttp.Error(504, plain), 504, "upstream_error"}, {caddyhttp.Error(404, plain), 404, "not_found"},
-		{caddyhttp.Error(403, plain), 403, "forbidden"}, {caddyhttp.Error(405, plain), 405, "method_not_allowed"},
-		{caddyhttp.Error(413, plain), 413, "request_too_large"}, {caddyhttp.Error(400, plain), 400, "bad_request"},
-		{caddyhttp.Error(415, plain), 415, "bad_request"}, {caddyhttp.Error(401, plain), 401, "bad_request"},
+		{plain, 500, "internal_error"},
+		{&panicError{value: "x"}, 500, "internal_error"},
+		{caddyhttp.Error(500, plain), 500, "internal_error"},
+		{caddyhttp.Error(507, plain), 507, "internal_error"},
+		{caddyhttp.Error(502, plain), 502, "upstream_error"},
+		{caddyhttp.Error(503, plain), 503, "upstream_error"},
+		{caddyhttp.Error(504, plain), 504, "upstream_error"},
+		{caddyhttp.Error(404, plain), 404, "not_found"},
+		{caddyhttp.Error(403, plain), 403, "forbidden"},
+		{caddyhttp.Error(405, plain), 405, "method_not_allowed"},
+		{caddyhttp.Error(413, plain), 413, "request_too_large"},
+		{caddyhttp.Error(400, plain), 400, "bad_request"},
+		{caddyhttp.Error(415, plain), 415, "bad_request"},
+		{caddyhttp.Error(401, plain), 401, "bad_request"},
 		{fmt.Errorf("wrapped: %w", caddyhttp.Error(404, plain)), 404, "not_found"},
-		{caddyhttp.HandlerError{Err: plain}, 500, "internal_error"}, {caddyhttp.Error(200, plain), 500, "internal_error"},
+		{caddyhttp.HandlerError{Err: plain}, 500, "internal_error"},
+		{caddyhttp.Error(200, plain), 500, "internal_error"},
 		{fmt.Errorf("wrapped: %w", refuse(reasonRateLimited)), 429, "rate_limited"},
 	} {
 		if f := refusalOf(c.err); f.status != c.status || f.reason != c.why {

@@ -90,16 +90,22 @@ func TestResponseCalls(t *testing.T) {
 		"write":        {func(w *response) { _, _ = w.Write([]byte("a")); _, _ = w.Write(nil) }, []string{"header OK", "write a", "write "}},
 		"both":         {func(w *response) { w.WriteHeader(404); _, _ = w.Write([]byte("a")) }, []string{"header Not Found", "write a"}},
 		"copy":         {func(w *response) { _, _ = io.Copy(w, struct{ io.Reader }{strings.NewReader("abc")}) }, []string{"header OK", "readfrom abc"}},
-		"flush": {func(w *response) { _ = http.NewResponseController(w).Flush() },
-			[]string{"header OK", "flush"}},
+		"flush": {
+			func(w *response) { _ = http.NewResponseController(w).Flush() },
+			[]string{"header OK", "flush"},
+		},
 		"flush between": {func(w *response) { w.WriteHeader(201); _ = http.NewResponseController(w).Flush() }, []string{"header Created", "flush"}},
 		"hijack":        {func(w *response) { _, _, _ = http.NewResponseController(w).Hijack() }, []string{"hijack"}},
-		"websocket": {func(w *response) { w.WriteHeader(101); _, _, _ = http.NewResponseController(w).Hijack() },
-			[]string{"header Switching Protocols", "hijack"}},
+		"websocket": {
+			func(w *response) { w.WriteHeader(101); _, _, _ = http.NewResponseController(w).Hijack() },
+			[]string{"header Switching Protocols", "hijack"},
+		},
 		"deadline": {func(w *response) { _ = http.NewResponseController(w).SetWriteDeadline(time.Time{}) }, []string{"deadline"}},
 		"push":     {func(w *response) { _ = w.Push("/style.css", nil) }, []string{"push /style.css"}},
-		"early hints": {func(w *response) { w.WriteHeader(103); w.WriteHeader(103); w.WriteHeader(200) },
-			[]string{"header Early Hints", "header Early Hints", "header OK"}},
+		"early hints": {
+			func(w *response) { w.WriteHeader(103); w.WriteHeader(103); w.WriteHeader(200) },
+			[]string{"header Early Hints", "header Early Hints", "header OK"},
+		},
 		"early hints and write": {func(w *response) { w.WriteHeader(100); _, _ = w.Write([]byte("a")) }, []string{"header Continue", "header OK", "write a"}},
 		"twice":                 {func(w *response) { w.WriteHeader(200); w.WriteHeader(500) }, []string{"header OK", "header Internal Server Error"}},
 	} {

@@ -42,8 +42,19 @@ func plainSite(t testing.TB, body string) (caddyfile, addr string) {
 func newBackend(t testing.TB, handler http.HandlerFunc) string {
 	t.Helper()
 	server := httptest.NewServer(handler)
-	t.Cleanup(server.Close)
+	t.Cleanup(func() {
+		server.CloseClientConnections() // a test that failed may have left one waiting
+		server.Close()
+	})
 	return server.Listener.Addr().String()
+}
+
+// hold keeps a request waiting until release, or until its client has left.
+func hold(r *http.Request, release <-chan struct{}) {
+	select {
+	case <-release:
+	case <-r.Context().Done():
+	}
 }
 
 // digestOf is a secret as configuration holds it.

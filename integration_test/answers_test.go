@@ -65,12 +65,12 @@ func startAPI(t *testing.T) *guardedAPI {
 	t.Helper()
 	a := &guardedAPI{
 		sites: make(map[string]string), keys: make(map[string]string),
-		arrived: make(chan struct{}), release: make(chan struct{}),
+		arrived: make(chan struct{}, 1), release: make(chan struct{}),
 	}
 	target := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/hold" {
 			a.arrived <- struct{}{}
-			<-a.release
+			hold(r, a.release)
 		}
 		fmt.Fprint(w, "ok")
 	})
@@ -227,7 +227,7 @@ func refusalCases() []refusalCase {
 		behind("/status/500", 500, "internal_error", broken),
 		behind("/dead", 502, "upstream_error", down),
 		behind("/status/503", 503, "upstream_error", down),
-		behind("/status/504", 504, "upstream_error", [2]string{"timeout_error", "UNAVAILABLE"}),
+		behind("/status/504", 504, "upstream_error", [2]string{"timeout_error", "DEADLINE_EXCEEDED"}),
 	}
 }
 
@@ -364,6 +364,9 @@ func TestAnswersByCaddy(t *testing.T) {
 					}
 					if got.text != want {
 						t.Errorf("body %q, want %q", got.text, want)
+					}
+					if c.path == "/panic" { // which Caddy can't know any more
+						a.logLines(`"request_id":"`+got.Header.Get("X-Request-Id")+`"`, `"panic":"`+hidden+`"`)
 					}
 				})
 			}

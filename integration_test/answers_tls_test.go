@@ -45,6 +45,7 @@ func TestHSTS(t *testing.T) {
 	h1.Transport.(*http.Transport).ForceAttemptHTTP2 = false
 	h1.Transport.(*http.Transport).TLSNextProto = map[string]func(string, *tls.Conn) http.RoundTripper{}
 
+	s.waitForCertificates(addr, hosts...)
 	for proto, client := range map[int]*http.Client{1: h1, 2: h2} {
 		for _, host := range hosts {
 			want := []string{"max-age=31536000; includeSubDomains"}
@@ -80,6 +81,20 @@ func TestHSTS(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// waitForCertificates: `tls internal` makes them after the server is up.
+func (s *server) waitForCertificates(addr string, hosts ...string) {
+	s.t.Helper()
+	for _, host := range hosts {
+		s.waitUntil("a certificate for "+host, func() bool {
+			conn, err := tls.Dial("tcp", addr, &tls.Config{RootCAs: s.roots(), ServerName: host})
+			if err != nil {
+				return false
+			}
+			return conn.Close() == nil
+		})
 	}
 }
 

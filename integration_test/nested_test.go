@@ -88,11 +88,11 @@ func TestNestedGuards(t *testing.T) {
 // TestNestedSlots: the slots of both zones are held to the end and then free,
 // and a refusal further in frees the first one.
 func TestNestedSlots(t *testing.T) {
-	arrived, release := make(chan struct{}), make(chan struct{})
+	arrived, release := make(chan struct{}, 1), make(chan struct{})
 	target := newBackend(t, func(_ http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/own/hold" {
 			arrived <- struct{}{}
-			<-release
+			hold(r, release)
 		}
 	})
 	key := newKey(t)
@@ -135,5 +135,5 @@ func TestNestedSlots(t *testing.T) {
 	if err := <-held; err != nil {
 		t.Fatal(err)
 	}
-	waitForSlot(t, url+"/own", key, 97)
+	wantSlotFreed(t, url+"/own", key).wantHeader(t, "X-RateLimit-Remaining", "97")
 }

@@ -2,7 +2,9 @@ package integration
 
 import (
 	"bufio"
+	"context"
 	"crypto/sha1" //nolint:gosec // RFC 6455
+	"crypto/tls"
 	"encoding/base64"
 	"fmt"
 	"io"
@@ -11,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	h2 "golang.org/x/net/http2"
 )
 
 // newEcho is a backend that speaks websocket as far as a proxy can tell: it
@@ -126,4 +130,66 @@ func TestOtherUpgrades(t *testing.T) {
 		}
 		wantSlotFreed(t, url+"/x", key)
 	}
+}
+
+// TestWebsocketHTTP2: an extended CONNECT (RFC 8441) is a websocket as any
+// other; no other CONNECT passes.
+func TestWebsocketHTTP2(t *testing.T) {
+	target, ended := newEcho(t)
+	addr := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	key := newKey(t)
+	_, port, _ := net.SplitHostPort(addr)
+	s := start(t, preamble(t, "zejzl {\n\t\ttier single 1000/1h {\n\t\t\tconcurrent 1\n\t\t}\n\t}")+
+		"https://example.test:"+port+" {\n\tbind 127.0.0.1\n\ttls internal\n\tzejzl_auth\n\treverse_proxy "+target+"\n}\n",
+		"ZEJZL_API_KEY_A="+key+":single", "GODEBUG=http2xconnect=1")
+	s.waitForCertificates(addr, "example.test")
+	transport := &h2.Transport{
+		TLSClientConfig: &tls.Config{RootCAs: s.roots(), ServerName: "example.test", NextProtos: []string{"h2"}},
+		DialTLSContext: func(ctx context.Context, network, _ string, config *tls.Config) (net.Conn, error) {
+			return (&tls.Dialer{Config: config}).DialContext(ctx, network, addr)
+		},
+	}
+	defer transport.CloseIdleConnections()
+	connect := func(protocol string, headers ...string) (io.WriteCloser, *http.Response) {
+		t.Helper()
+		reader, writer := io.Pipe()
+		req := newRequest(t, http.MethodConnect, "https://example.test:"+port+"/ws", "", headers...)
+		req.Body = reader
+		req.Header[":protocol"] = []string{protocol}
+		req.Header.Set("Sec-WebSocket-Version", "13")
+		resp, err := transport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { writer.Close(); resp.Body.Close() })
+		return writer, resp
+	}
+
+	for _, tc := range []struct {
+		protocol string
+		status   int
+		headers  []string
+	}{{"websocket", 401, nil}, {"connect-udp", 405, []string{"X-API-Key: " + key}}} {
+		_, resp := connect(tc.protocol, tc.headers...)
+		if resp.StatusCode != tc.status {
+			t.Errorf("%s: %d, want %d", tc.protocol, resp.StatusCode, tc.status)
+		}
+		checkSecurityHeaders(t, resp.Header, hsts)
+	}
+
+	conn, resp := connect("websocket", "X-API-Key: "+key)
+	(&reply{resp, ""}).wantStatus(t, 200)
+	checkSecurityHeaders(t, resp.Header, hsts)
+	echo(t, conn, resp.Body, "one way")
+	if _, second := connect("websocket", "X-API-Key: "+key); second.StatusCode != http.StatusTooManyRequests {
+		t.Errorf("a second socket: %d, want 429", second.StatusCode)
+	}
+	echo(t, conn, resp.Body, "and back")
+	conn.Close()
+	resp.Body.Close()
+	receive(t, "the backend to see the end", ended)
+	client := s.client(addr)
+	s.waitUntil("the slot to be free", func() bool {
+		return do(t, client, newRequest(t, http.MethodGet, "https://example.test:"+port+"/x", "", "X-API-Key: "+key)).StatusCode == 200
+	})
 }

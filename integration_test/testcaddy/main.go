@@ -59,8 +59,8 @@ func (m *Misbehave) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddy
 		panic(m.Text)
 	case "abort":
 		panic(http.ErrAbortHandler)
-	case "copy": // io.Copy without WriteHeader finds ReadFrom
-		_, err := io.Copy(w, strings.NewReader(m.Text))
+	case "copy": // io.Copy without WriteHeader finds ReadFrom, unless the reader has a WriteTo
+		_, err := io.Copy(w, struct{ io.Reader }{strings.NewReader(m.Text)})
 		return err
 	case "flush": // a flush commits the header too
 		if err := http.NewResponseController(w).Flush(); err != nil {
