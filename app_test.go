@@ -11,7 +11,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
-	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
@@ -160,8 +159,8 @@ func TestDevelopmentKey(t *testing.T) {
 		if !ok || entry.Key.Name != "development" || g.tierOf(entry.Key).name != "free" {
 			t.Errorf("configuration %d: the key is unknown", i)
 		}
-		if f := g.app.awaitStart(t.Context()); f != nil {
-			t.Errorf("a started app holds requests: %v", f)
+		if !g.app.awaitStart(t.Context()) {
+			t.Error("a started app holds requests")
 		}
 	}
 }
@@ -244,20 +243,21 @@ func TestWarnings(t *testing.T) {
 	for name, c := range map[string]struct {
 		environment string
 		keys        bool
-		file        bool
+		file        string
 		encoder     bool
 		sites       []guardSite
 		want        []string
 	}{
-		"nothing to say":          {"", true, false, false, []guardSite{outside}, nil},
-		"a key in a file":         {"", false, true, false, []guardSite{outside}, nil},
-		"no key":                  {"", false, false, false, []guardSite{outside}, []string{noKey}},
-		"development, loopback":   {"development", false, false, false, []guardSite{loopback}, nil},
-		"development, outside":    {"development", true, false, false, []guardSite{loopback, outside, outside}, []string{dev, dev}},
-		"access logs":             {"", true, false, false, []guardSite{logged, logged}, []string{logs}}, // once
-		"access logs, safe":       {"", true, false, true, []guardSite{logged}, nil},
-		"access logs off a guard": {"", true, false, false, nil, nil},
-		"all of it":               {"development", true, false, false, []guardSite{logged, outside}, []string{dev, logs}},
+		"nothing to say":          {"", true, "", false, []guardSite{outside}, nil},
+		"a key in a file":         {"", false, keysJSON(literalSecret), false, []guardSite{outside}, nil},
+		"no key":                  {"", false, "", false, []guardSite{outside}, []string{noKey}},
+		"an empty file":           {"development", false, `{"keys": []}`, false, nil, []string{noKey}},
+		"development, loopback":   {"development", false, "", false, []guardSite{loopback}, nil},
+		"development, outside":    {"development", true, "", false, []guardSite{loopback, outside, outside}, []string{dev, dev}},
+		"access logs":             {"", true, "", false, []guardSite{logged, logged}, []string{logs}}, // once
+		"access logs, safe":       {"", true, "", true, []guardSite{logged}, nil},
+		"access logs off a guard": {"", true, "", false, nil, nil},
+		"all of it":               {"development", true, "", false, []guardSite{logged, outside}, []string{dev, logs}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv("ENVIRONMENT", c.environment)
@@ -266,10 +266,13 @@ func TestWarnings(t *testing.T) {
 				t.Setenv("ZEJZL_TEST_WARN_A", literalSecret+":pro")
 				a.Sources = []Source{{Source: "env", Prefix: "ZEJZL_TEST_WARN_"}}
 			}
-			if c.file {
-				a.Sources = []Source{{Source: "file", Path: writeKeyFile(t, keysJSON(key.Generate()))}}
+			if c.file != "" {
+				a.Sources = []Source{{Source: "file", Path: writeKeyFile(t, c.file)}}
 			}
-			provisionedApp(t, a)
+			if provisionedApp(t, a).wantsDevelopmentKey() { // as Start does
+				forgetDevelopmentKey(t)
+				capturedStderr(t, func() { a.addDevelopmentKey(nil) })
+			}
 			if c.encoder {
 				noteLogEncoder(a.ctx)
 				t.Cleanup(func() { forgetLogEncoders(a.ctx) })
@@ -291,23 +294,27 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
-func TestReportKeys(t *testing.T) {
-	t.Setenv("ZEJZL_TEST_REPORT_A", key.Generate()+":pro")
-	path := writeKeyFile(t, keysJSON(key.Generate(), key.Generate()))
-	app := provisionedApp(t, &App{Sources: []Source{{Source: "env", Prefix: "ZEJZL_TEST_REPORT_"}, {Source: "file", Path: path}}})
-	newRigIn(t, app, new(Guard)) // with a key of its own
-	metrics.keyFileOK.Set(0)
-	metrics.keys.WithLabelValues("gone").Set(7)
-	app.reportKeys()
-	for source, want := range map[string]float64{"env": 1, "file": 2, "config": 1} {
-		if got := testutil.ToFloat64(metrics.keys.WithLabelValues(source)); got != want {
-			t.Errorf("%s: %v keys, want %v", source, got, want)
-		}
+// A key of a guard is a key: neither is a development key made, nor is the
+// lack of one told.
+func TestGuardKeyIsEnough(t *testing.T) {
+	t.Setenv("ENVIRONMENT", "development")
+	r := newRig(t, new(Guard))
+	core, seen := observer.New(zap.DebugLevel)
+	r.app.logger = zap.New(core)
+	if printed := capturedStderr(t, func() { started(t, r.app) }); printed != "" || seen.Len() != 0 {
+		t.Errorf("printed %q, logged %v", printed, seen.All())
 	}
-	if got := testutil.CollectAndCount(metrics.keys); got != 3 {
-		t.Errorf("%d sources: those of an earlier configuration stay", got)
+	if r.app.set != nil {
+		t.Error("what only loading needs is kept")
 	}
-	if got := testutil.ToFloat64(metrics.keyFileOK); got != 1 {
-		t.Errorf("key_file_ok %v", got)
-	}
+}
+
+// Two keys that are not the same key have one id: that of the one is what the
+// other's secret makes.
+func TestGuardKeyTakesNoOthersID(t *testing.T) {
+	secret := key.Sum(key.Generate())
+	filed := strings.Replace(keysJSON(key.Generate()), `{"name"`, `{"id": "`+secret.ID()+`", "name"`, 1)
+	app := provisionedApp(t, &App{Sources: []Source{{Source: "file", Path: writeKeyFile(t, filed)}}})
+	g := &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: secret.String()}}}
+	mustNotTell(t, g.provision(app.ctx, app), []string{secret.String()[7:]}, "key file ", `zejzl_auth key "`+secret.ID()+`"`, "are two keys with the same id")
 }

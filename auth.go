@@ -88,12 +88,12 @@ func (g *Guard) authenticate(secret string) (k *key.Key, status key.Status) {
 }
 
 func (g *Guard) lookup(d key.Digest) (key.Entry, bool) {
-	if g.keyring != nil {
-		if entry, ok := g.keyring.Lookup(d); ok {
-			return entry, true
-		}
+	// The app first: of a key that a file states too, the file says what holds now.
+	entry, ok := g.app.keyring.Lookup(d)
+	if !ok && g.keyring != nil {
+		entry, ok = g.keyring.Lookup(d)
 	}
-	return g.app.keyring.Lookup(d)
+	return entry, ok
 }
 
 // identify tells the backend who calls, in headers that no client can write:
@@ -123,45 +123,27 @@ func (g *Guard) cleanRequest(h http.Header, rt route, keyed bool) {
 	if lines, ok := h["Connection"]; ok {
 		setConnection(h, lines, isIdentityHeader)
 	}
-	if rt == open {
-		g.removeOwnCredentials(h)
+	if rt != open && g.ForwardCredentials {
 		return
 	}
-	if !g.ForwardCredentials {
-		removeCredentials(h)
-	}
-}
-
-// removeCredentials keeps an Authorization of another scheme, such as Basic
-// for the backend: the guard never read it.
-func removeCredentials(h http.Header) {
 	for _, name := range credentialHeaders {
-		delete(h, name)
-	}
-	if lines := h[authorizationHeader]; len(lines) > 0 {
-		for _, line := range lines {
-			if _, ok := bearerToken(line); ok || line == "" {
-				delete(h, authorizationHeader)
-				return
-			}
-		}
-	}
-}
-
-// removeOwnCredentials removes keys of ours from a request outside the
-// guard's paths, which carries its credentials to whom they belong otherwise.
-func (g *Guard) removeOwnCredentials(h http.Header) {
-	for _, name := range credentialHeaders {
-		if slices.ContainsFunc(h[name], g.isOurs) {
+		if rt != open || slices.ContainsFunc(h[name], g.isOurs) {
 			delete(h, name)
 		}
 	}
 	for _, line := range h[authorizationHeader] {
-		if token, _ := bearerToken(line); g.isOurs(token) {
+		if _, bearer := bearerToken(line); rt != open && (bearer || line == "") || g.holdsOurs(line) {
 			delete(h, authorizationHeader)
 			break
 		}
 	}
+}
+
+// holdsOurs tells whether an Authorization of any scheme, or none, carries a
+// key of ours. Others, such as Basic for the backend, are not the guard's.
+func (g *Guard) holdsOurs(line string) bool {
+	token := line[strings.IndexAny(line, " \t")+1:]
+	return g.isOurs(line) || g.isOurs(strings.TrimLeft(token, " \t"))
 }
 
 func (g *Guard) isOurs(secret string) bool {

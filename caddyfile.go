@@ -79,7 +79,7 @@ func parseGlobalOption(d *caddyfile.Dispenser, existing any) (any, error) {
 func (g *Guard) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive
 	if d.NextArg() {
-		return d.ArgErr()
+		return argErr(d, "zejzl_auth [<matcher>] without further arguments")
 	}
 	seen := make(map[string]bool)
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
@@ -97,23 +97,23 @@ func (g *Guard) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 func (g *Guard) unmarshalOption(d *caddyfile.Dispenser, name string) (err error) {
 	switch name {
 	case "protect":
-		g.Protect, err = pathArgs(d)
+		g.Protect, err = pathArgs(d, "protect <paths...>")
 	case "public":
-		g.Public, err = pathArgs(d)
+		g.Public, err = pathArgs(d, "public <paths...>")
 	case "key":
 		err = g.unmarshalKey(d)
 	case "tier":
 		err = unmarshalTier(d, &g.Tiers)
 	case "default_tier":
-		g.DefaultTier, err = oneArg(d)
+		g.DefaultTier, err = tierArg(d)
 	case "zone":
-		g.Zone, err = oneArg(d)
+		g.Zone, err = oneArg(d, "zone <name>")
 	case "cors":
 		g.CORS, err = unmarshalCORS(d)
 	case "headers":
 		g.Headers, err = unmarshalHeaders(d)
 	case "errors":
-		if g.Errors, err = oneArg(d); err == nil {
+		if g.Errors, err = oneArg(d, "errors <dialect>"); err == nil {
 			if _, known := dialects[g.Errors]; !known {
 				err = d.Errf("errors: expected %s", dialectNames)
 			}
@@ -123,23 +123,16 @@ func (g *Guard) unmarshalOption(d *caddyfile.Dispenser, name string) (err error)
 	case "shadow":
 		g.Shadow, err = true, noArgs(d)
 	case "log_success":
-		if g.LogSuccess, err = oneArg(d); err == nil {
+		if g.LogSuccess, err = oneArg(d, "log_success <level>"); err == nil {
 			if _, known := successLevels[g.LogSuccess]; !known {
 				err = d.Errf("log_success: expected %s", successLevelNames)
 			}
 		}
 	default:
-		return unrecognized(d, "subdirective")
+		return d.Errf("unrecognized subdirective %q, expected protect, public, key, tier, default_tier, zone, "+
+			"cors, headers, errors, forward_credentials, log_success or shadow", hide(name))
 	}
 	return err
-}
-
-// unrecognized does not quote what could be a secret whose `key` was forgotten.
-func unrecognized(d *caddyfile.Dispenser, what string) error {
-	if key.WellFormed(d.Val()) {
-		return d.Errf("unrecognized %s, not shown as it could be a secret", what)
-	}
-	return d.Errf("unrecognized %s %q", what, d.Val())
 }
 
 // unmarshalKey never quotes its arguments in errors: any may be a secret.
@@ -148,9 +141,12 @@ func (g *Guard) unmarshalKey(d *caddyfile.Dispenser) error {
 	if len(args) < 1 || len(args) > 3 {
 		return d.Err("key: expected <secret> [<tier> [<name>]]; a name with spaces needs quotes")
 	}
+	if len(args) < 3 && readsLikeTier(args[0]) {
+		return d.Err("key: expected a secret of 24 to 256 characters, as its sha256: hash if it reads like a tier; is a {$VARIABLE} empty?")
+	}
 	k := GuardKey{Secret: args[0]}
 	if !isPlaceholder(k.Secret) {
-		digest, err := digestOf(k.Secret)
+		digest, err := key.ParseSecret(k.Secret)
 		if err != nil {
 			return d.Errf("key: %w", err)
 		}
@@ -175,6 +171,17 @@ func (g *Guard) unmarshalKey(d *caddyfile.Dispenser) error {
 	return nil
 }
 
+// readsLikeTier tells a tier that an empty {$VARIABLE} moved to the secret's
+// place, where it would be a key that anybody can guess. A valid tier name is
+// taken for one unless some run of 16 letters and digits in it has a digit:
+// hex and other generated secrets have, names made of words do not.
+func readsLikeTier(s string) bool {
+	runs := strings.FieldsFunc(s, func(r rune) bool { return r == '-' || r == '_' })
+	return key.ValidateTierName(s) == nil && !slices.ContainsFunc(runs, func(run string) bool {
+		return len(run) >= 16 && strings.ContainsAny(run, "0123456789")
+	})
+}
+
 // unmarshalTier reads a tier, in a guard or in the global option:
 //
 //	tier <name> [<N>/<window>] {
@@ -187,8 +194,11 @@ func unmarshalTier(d *caddyfile.Dispenser, tiers *map[string]Tier) error {
 		return d.Err("tier: expected <name> [<N>/<window>], such as: tier team 300/1m")
 	}
 	name := args[0]
+	if err := key.ValidateTierName(name); err != nil {
+		return d.Errf("tier: %w", err)
+	}
 	if _, again := (*tiers)[name]; again {
-		return d.Errf("tier %q is already given", name)
+		return d.Errf("tier %q is already given", hide(name))
 	}
 	var t Tier
 	if err := appendLimits(d, &t, args[1:]); err != nil {
@@ -202,7 +212,7 @@ func unmarshalTier(d *caddyfile.Dispenser, tiers *map[string]Tier) error {
 		}
 		switch option {
 		case "requests":
-			limits, err := someArgs(d)
+			limits, err := someArgs(d, "requests <N>/<window> ...")
 			if err != nil {
 				return err
 			}
@@ -210,19 +220,19 @@ func unmarshalTier(d *caddyfile.Dispenser, tiers *map[string]Tier) error {
 				return err
 			}
 		case "concurrent":
-			number, err := oneArg(d)
+			number, err := oneArg(d, "concurrent <N>")
 			if err != nil {
 				return err
 			}
 			if t.Concurrent, err = strconv.Atoi(number); err != nil || t.Concurrent < 1 {
-				return d.Errf("concurrent %q: expected a whole number from 1", number)
+				return d.Errf("concurrent %q: expected a whole number from 1", hide(number))
 			}
 		default:
-			return d.Errf("unrecognized subdirective %q", option)
+			return d.Errf("unrecognized subdirective %q of tier, expected requests or concurrent", hide(option))
 		}
 	}
 	if _, err := newTier(name, t); err != nil {
-		return d.WrapErr(err)
+		return d.WrapErr(hideIn(err, name))
 	}
 	if *tiers == nil {
 		*tiers = make(map[string]Tier)
@@ -233,14 +243,11 @@ func unmarshalTier(d *caddyfile.Dispenser, tiers *map[string]Tier) error {
 
 func appendLimits(d *caddyfile.Dispenser, t *Tier, limits []string) error {
 	for _, s := range limits {
-		number, length, ok := strings.Cut(s, "/")
-		limit, err := strconv.Atoi(number)
-		if err != nil || !ok {
-			return d.Errf("limit %q: expected <N>/<window>, such as 100/1m", s)
-		}
-		duration, err := caddy.ParseDuration(length)
-		if err != nil {
-			return d.Errf("limit %q: expected <N>/<window>, such as 100/1m: %w", s, err)
+		number, length, _ := strings.Cut(s, "/")
+		limit, errLimit := strconv.Atoi(number)
+		duration, errWindow := caddy.ParseDuration(length)
+		if errLimit != nil || errWindow != nil {
+			return d.Errf("limit %q: expected <N>/<window>, such as 100/1m", hide(s))
 		}
 		t.Requests = append(t.Requests, RequestLimit{Limit: limit, Window: caddy.Duration(duration)})
 	}
@@ -262,19 +269,19 @@ func unmarshalCORS(d *caddyfile.Dispenser) (*CORS, error) {
 		var err error
 		switch option {
 		case "dev_origins":
-			c.DevOrigins, err = someArgs(d)
+			c.DevOrigins, err = someArgs(d, "dev_origins <origins...>")
 		case "methods":
-			c.Methods, err = someArgs(d)
+			c.Methods, err = someArgs(d, "methods <methods...>")
 		case "headers":
-			c.Headers, err = someArgs(d)
+			c.Headers, err = someArgs(d, "headers <names...>")
 		case "expose":
-			c.Expose, err = someArgs(d)
+			c.Expose, err = someArgs(d, "expose <names...>")
 		case "max_age":
-			c.MaxAge, err = durationArg(d)
+			c.MaxAge, err = maxAgeArg(d)
 		case "credentials":
 			c.Credentials, err = true, noArgs(d)
 		default:
-			err = d.Errf("unrecognized subdirective %q", option)
+			err = d.Errf("unrecognized subdirective %q of cors, expected dev_origins, methods, headers, expose, max_age or credentials", hide(option))
 		}
 		if err != nil {
 			return nil, err
@@ -319,7 +326,7 @@ func unmarshalHeaders(d *caddyfile.Dispenser) (*HeaderOps, error) {
 			line.Delete, err = []string{name}, noArgs(d)
 			ops.Delete = append(ops.Delete, name)
 		} else {
-			ops.Set[name], err = oneArg(d)
+			ops.Set[name], err = oneArg(d, "<name> <value>, or -<name> to leave it out")
 			line.Set = map[string]string{name: ops.Set[name]}
 			if hasPlaceholder(ops.Set[name]) {
 				line.Set[name] = ""
@@ -348,8 +355,8 @@ func unmarshalHeaders(d *caddyfile.Dispenser) (*HeaderOps, error) {
 //	}
 func (a *App) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the option
-	if d.NextArg() {
-		return d.ArgErr()
+	if err := noArgs(d); err != nil {
+		return err
 	}
 	seen := make(map[string]bool)
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
@@ -364,9 +371,9 @@ func (a *App) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		case "tier":
 			err = unmarshalTier(d, &a.Tiers)
 		case "default_tier":
-			a.DefaultTier, err = oneArg(d)
+			a.DefaultTier, err = tierArg(d)
 		default:
-			err = unrecognized(d, "option")
+			err = d.Errf("unrecognized option %q, expected keys, tier or default_tier", hide(option))
 		}
 		if err != nil {
 			return err
@@ -398,57 +405,88 @@ func once(d *caddyfile.Dispenser, seen map[string]bool, name string, repeatable 
 		return nil
 	}
 	if seen[name] {
-		return d.Errf("%s is already given", name)
+		return d.Errf("%s is already given", hide(name))
 	}
 	seen[name] = true
 	return nil
 }
 
+// argErr is Dispenser.ArgErr without the argument that it quotes.
+func argErr(d *caddyfile.Dispenser, usage string) error {
+	return d.Err("wrong argument count, expected: " + usage)
+}
+
+// hide masks what could be a secret in the wrong place. None is shorter than 24
+// characters, and hardly any other word is as long.
+func hide(word string) string {
+	if len(word) < 24 {
+		return word
+	}
+	return redacted
+}
+
+// hideIn is hide for a word that an error quotes. A path is shown, however long.
+func hideIn(err error, word string) error {
+	if hide(word) == word || strings.HasPrefix(word, "/") {
+		return err
+	}
+	return errors.New(strings.ReplaceAll(err.Error(), word, redacted))
+}
+
 func noArgs(d *caddyfile.Dispenser) error {
+	option := d.Val()
 	if d.NextArg() {
-		return d.ArgErr()
+		return argErr(d, hide(option)+" without arguments")
 	}
 	return nil
 }
 
-func oneArg(d *caddyfile.Dispenser) (string, error) {
+func oneArg(d *caddyfile.Dispenser, usage string) (string, error) {
 	var arg string
 	if !d.AllArgs(&arg) {
-		return "", d.ArgErr()
+		return "", argErr(d, usage)
 	}
 	return arg, nil
 }
 
-func someArgs(d *caddyfile.Dispenser) ([]string, error) {
+func someArgs(d *caddyfile.Dispenser, usage string) ([]string, error) {
 	args := d.RemainingArgs()
 	if len(args) == 0 {
-		return nil, d.ArgErr()
+		return nil, argErr(d, usage)
 	}
 	return args, nil
 }
 
 // pathArgs reads path patterns and refuses a bad one where it stands.
-func pathArgs(d *caddyfile.Dispenser) ([]string, error) {
-	args, err := someArgs(d)
+func pathArgs(d *caddyfile.Dispenser, usage string) ([]string, error) {
+	args, err := someArgs(d, usage)
 	if err != nil {
 		return nil, err
 	}
 	for _, arg := range args {
 		if _, err := parsePathPattern(arg); err != nil {
-			return nil, d.WrapErr(err)
+			return nil, d.WrapErr(hideIn(err, arg))
 		}
 	}
 	return args, nil
 }
 
-func durationArg(d *caddyfile.Dispenser) (caddy.Duration, error) {
-	s, err := oneArg(d)
+func tierArg(d *caddyfile.Dispenser) (string, error) {
+	name, err := oneArg(d, "default_tier <name>")
+	if err == nil && key.ValidateTierName(name) != nil {
+		err = d.Errf("default_tier: %w", key.ValidateTierName(name))
+	}
+	return name, err
+}
+
+func maxAgeArg(d *caddyfile.Dispenser) (caddy.Duration, error) {
+	s, err := oneArg(d, "max_age <duration>")
 	if err != nil {
 		return 0, err
 	}
 	duration, err := caddy.ParseDuration(s)
-	if err != nil {
-		return 0, d.WrapErr(err)
+	if err != nil { // it quotes s
+		return 0, d.Errf("max_age %q: expected a duration, such as 10m", hide(s))
 	}
 	return caddy.Duration(duration), nil
 }

@@ -30,7 +30,9 @@ func checkCommand() *cobra.Command {
 Reads a configuration, without starting anything, and names
 
 - each logger that would write API keys,
-- each guard that a request could get past by a rewrite,
+- each guard that a request could get past to the same backend, by a rewrite,
+  a path that a matcher reads otherwise, or an error route,
+- each guard that nothing comes behind,
 - a configuration without any guard, and refusals that nothing answers.
 
 Prints one line for each, and exits with 0 if there is none, 1 if there are,
@@ -101,6 +103,56 @@ type checkedServer struct {
 	Logs        *caddyhttp.ServerLogConfig `json:"logs"`
 }
 
+// checkedHandler is what the check reads of the handlers it knows.
+type checkedHandler struct {
+	Handler string `json:"handler"`
+
+	Protect []string        `json:"protect"` // zejzl_auth
+	Errors  json.RawMessage `json:"errors"`  // zejzl_auth: its dialect; subroute: routes
+
+	Name           string            `json:"name"` // invoke
+	Routes         []caddyhttp.Route `json:"routes"`
+	HandleResponse []struct {
+		Routes []caddyhttp.Route `json:"routes"`
+	} `json:"handle_response"`
+
+	Rewrite   *checkedRewrite `json:"rewrite"` // reverse_proxy
+	Upstreams []struct {
+		Dial string `json:"dial"`
+	} `json:"upstreams"`
+	DynamicUpstreams json.RawMessage `json:"dynamic_upstreams"`
+
+	PassThru bool   `json:"pass_thru"` // file_server
+	Root     string `json:"root"`      // file_server, vars
+
+	Key   string `json:"key"` // log_append
+	Value string `json:"value"`
+}
+
+// checkedRewrite is a rewrite without what changes only the query.
+type checkedRewrite struct {
+	Method          string            `json:"method"`
+	URI             string            `json:"uri"`
+	StripPathPrefix string            `json:"strip_path_prefix"`
+	StripPathSuffix string            `json:"strip_path_suffix"`
+	URISubstring    []json.RawMessage `json:"uri_substring"`
+	PathRegexp      []json.RawMessage `json:"path_regexp"`
+}
+
+func (r *checkedRewrite) changesPath() bool {
+	return r != nil && (r.Method != "" || r.URI != "" && r.URI[0] != '?' || r.StripPathPrefix != "" || r.StripPathSuffix != "" ||
+		len(r.URISubstring) > 0 || len(r.PathRegexp) > 0)
+}
+
+// fixed tells a rewrite to a path that a request has no part in.
+func (r *checkedRewrite) fixed() bool {
+	if r == nil {
+		return false
+	}
+	path, _, _ := strings.Cut(r.URI, "?")
+	return strings.HasPrefix(path, "/") && !strings.Contains(strings.ReplaceAll(path, "{http.error.status_code}", ""), "{")
+}
+
 func checkConfig(config []byte) ([]finding, error) {
 	var cfg checkedConfig
 	if err := json.Unmarshal(config, &cfg); err != nil {
@@ -109,7 +161,7 @@ func checkConfig(config []byte) ([]finding, error) {
 	servers := cfg.Apps.HTTP.Servers
 	maps.DeleteFunc(servers, func(_ string, s *checkedServer) bool { return s == nil })
 	findings := checkLogs(cfg.Logging.Logs, servers)
-	w := routeWalk{behind: make(map[string]bool)}
+	w := routeWalk{behind: make(map[backend][]string)}
 	for _, name := range slices.Sorted(maps.Keys(servers)) {
 		findings = append(findings, checkServerLogs(name, servers[name].Logs)...)
 		w.server(name, servers[name])
@@ -235,4 +287,90 @@ func logHosts(l *caddy.CustomLog, servers map[string]*checkedServer) []string {
 	}
 	slices.Sort(hosts)
 	return slices.Compact(hosts)
+}
+
+// namesCredential tells a placeholder of a header or query parameter that
+// holds a key.
+func namesCredential(placeholder string) bool {
+	if !strings.HasPrefix(placeholder, "{") {
+		return false
+	}
+	name := strings.Trim(placeholder, "{}")
+	if _, header, ok := strings.Cut(name, ".header."); ok {
+		return dropsField(header, true)
+	}
+	_, param, ok := strings.Cut(name, ".query.")
+	return ok && isKeyParam(param)
+}
+
+// reachesProtected tells whether an evasion leads to what its guard protects.
+// Without a rewrite it must be surely the same: sites with an open backend
+// beside a guarded one are common.
+func (w *routeWalk) reachesProtected(e evasion) bool {
+	for _, b := range e.backends {
+		same := slices.Contains(w.behind[b], e.guard)
+		if same && b.address != "" || e.rewritten != "" && (same || b.unknown()) {
+			return true
+		}
+	}
+	if e.rewritten == "" {
+		return false
+	}
+	for b, guards := range w.behind {
+		if b.unknown() && slices.Contains(guards, e.guard) {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *routeWalk) report() []finding {
+	var findings []finding
+	for _, at := range w.logged {
+		findings = append(findings, finding{at, "log_append writes a credential into the access log, in a field that the zejzl encoder can't know for one", "remove it; user_id and key_name tell who it was"})
+	}
+	if len(w.guards) == 0 {
+		return append(findings, finding{"configuration", "there is no zejzl_auth guard in it", "put zejzl_auth in front of what needs a key"})
+	}
+	var reported []string
+	for _, e := range w.evasions {
+		if slices.Contains(reported, e.guard) || !w.reachesProtected(e) {
+			continue
+		}
+		reported = append(reported, e.guard)
+		findings = append(findings, e.finding())
+	}
+	// Where nothing at all answers, the guard is an endpoint that checks keys.
+	useful := slices.Concat(slices.Collect(maps.Values(w.behind))...)
+	for _, guard := range w.guards {
+		if len(w.behind) > 0 && !slices.Contains(useful, guard) {
+			findings = append(findings, finding{guard, "nothing comes behind this guard: requests are answered before it or by nothing", "put it in front of what needs a key, or respond behind it"})
+		}
+	}
+	for _, guard := range w.unanswered {
+		findings = append(findings, finding{guard, "errors caddy leaves refusals to handle_errors, and there is none: they have no body", "add handle_errors, or drop errors caddy"})
+	}
+	return findings
+}
+
+func (e evasion) finding() finding {
+	const (
+		around = "let the guard see all that the backend gets, "
+		inside = around + "with the rewrite inside: handle /api/* { zejzl_auth; reverse_proxy ... }"
+	)
+	switch {
+	case e.kind == byRefusal:
+		return finding{e.guard, "errors caddy hands refused requests to error routes, and these send them to the same backend", "answer them in handle_errors, with respond or a page of its own"}
+	case e.kind == byProtect:
+		return finding{e.guard, "protect leaves paths open, and " + e.rewritten +
+			" rewrites requests: what was open as sent can reach the backend by a path that needs a key", inside}
+	case e.rewritten != "":
+		return finding{e.guard, "requests that a matcher leaves out don't meet this guard, and " + e.rewritten +
+			" rewrites them: they can reach the same backend by a path that needs a key", inside}
+	}
+	return finding{
+		e.guard, "requests that a matcher leaves out don't meet this guard, but come to the same backend, " +
+			"which may read their path otherwise than the matcher does (%2f, //, upper case)",
+		around + "without a matcher: zejzl_auth { protect /api/* }",
+	}
 }

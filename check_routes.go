@@ -5,20 +5,23 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"path/filepath"
 	"slices"
 	"strings"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // routeWalk follows requests through the routes of a configuration, to find
-// the guards that a rewrite lets them past: a request that a guard doesn't
-// mind has its path changed, and comes to a backend that the guard protects.
+// the guards that they get past: requests without a key that come to a backend
+// that the guard protects.
 type routeWalk struct {
 	guards     []string // their places
 	unanswered []string // of them: errors caddy, and no error routes
 	evasions   []evasion
-	behind     map[string]bool // backends that have a guard in front
+	behind     map[backend][]string // guards in front
+	logged     []string             // places of log_append with a credential
 	err        error
 
 	// of the server being walked
@@ -26,28 +29,51 @@ type routeWalk struct {
 	namedRoutes map[string]caddyhttp.Route
 	invoking    []string
 	errorRoutes bool
+	failed      flow // what comes to the error routes
+}
+
+// backend is what answers requests: a handler, and the address of a proxy's
+// upstream or the root of files.
+type backend struct{ handler, address string }
+
+// unknown tells a proxy that may send to any address.
+func (b backend) unknown() bool {
+	return b.handler == "reverse_proxy" && strings.Contains(b.address, "{")
 }
 
 // evasion is a way past a guard to backends.
 type evasion struct {
 	guard string
 	miss
-	backends []string
+	backends []backend
 }
+
+// missKind is what let a request past a guard.
+type missKind uint8
+
+const (
+	notMissed missKind = iota
+	byProtect          // the guard itself, which judges strictly
+	byMethod           // a matcher of method or query
+	byRefusal          // errors caddy: an error route takes the request
+	byMatcher          // a matcher of paths, which may read them otherwise than the backend
+)
 
 // miss is how requests without a key get past a guard.
 type miss struct {
-	narrowed  bool   // by protect; else by the matcher of a route
+	kind      missKind
 	rewritten string // where they are rewritten; empty: nowhere
 }
 
 // flow is what the requests that come to a place may have met.
 type flow struct {
 	ended     bool            // there are none
+	failed    bool            // all of them come from an error
 	guarded   bool            // all of them met a guard that protects every path
-	passed    bool            // some met a guard
+	met       []string        // guards that some met
 	rewritten string          // where some are rewritten
 	missed    map[string]miss // guards that some got past
+	roots     []string        // of file servers
 }
 
 func (f flow) join(o flow) flow {
@@ -57,9 +83,11 @@ func (f flow) join(o flow) flow {
 	if o.ended {
 		return f
 	}
+	f.failed = f.failed && o.failed
 	f.guarded = f.guarded && o.guarded
-	f.passed = f.passed || o.passed
+	f.met = union(f.met, o.met...)
 	f.rewritten = firstOf(f.rewritten, o.rewritten)
+	f.roots = union(f.roots, o.roots...)
 	for guard, m := range o.missed {
 		f = f.past(m, guard)
 	}
@@ -68,24 +96,39 @@ func (f flow) join(o flow) flow {
 
 // past adds guards that some requests got past.
 func (f flow) past(m miss, guards ...string) flow {
-	if f.guarded || len(guards) == 0 {
+	if f.guarded || m.kind == notMissed || len(guards) == 0 {
 		return f
 	}
 	missed := make(map[string]miss)
 	maps.Copy(missed, f.missed)
 	for _, guard := range guards {
-		m.rewritten = firstOf(missed[guard].rewritten, m.rewritten)
-		missed[guard] = m
+		old := missed[guard]
+		missed[guard] = miss{max(old.kind, m.kind), firstOf(old.rewritten, m.rewritten)}
 	}
 	f.missed = missed
 	return f
 }
 
-func (f flow) rewrite(at string) flow {
+// forget is the reverse of past.
+func (f flow) forget(guards ...string) flow {
+	f.missed = maps.Clone(f.missed)
+	for _, guard := range guards {
+		delete(f.missed, guard)
+	}
+	return f
+}
+
+func (f flow) rewrite(r *checkedRewrite, at string) flow {
+	switch {
+	case !r.changesPath():
+		return f
+	case f.failed && r.fixed():
+		f.missed = nil // an error page
+		return f
+	}
 	f.rewritten = firstOf(f.rewritten, at)
 	for guard, m := range f.missed {
-		m.rewritten = at
-		f = f.past(m, guard)
+		f = f.past(miss{m.kind, at}, guard)
 	}
 	return f
 }
@@ -97,17 +140,29 @@ func firstOf(a, b string) string {
 	return b
 }
 
+// union returns a new slice: flows share theirs.
+func union(a []string, b ...string) []string {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
 func (w *routeWalk) server(name string, s *checkedServer) {
 	w.name, w.namedRoutes, w.errorRoutes = name, s.NamedRoutes, len(s.Errors.Routes) > 0
 	before := w.unanswered
-	w.routes(routeList{at: name, routes: s.Routes}, flow{})
-	w.routes(routeList{at: name + ".errors", routes: s.Errors.Routes}, flow{})
-	for _, route := range slices.Sorted(maps.Keys(s.NamedRoutes)) {
-		w.routes(w.namedRoute(route), flow{})
-	}
+	roots := []string{"."}
+	w.failed = flow{failed: true, roots: roots}
+	w.routes(routeList{at: name, routes: s.Routes}, flow{roots: roots})
+	w.routes(routeList{at: name + ".errors", routes: s.Errors.Routes}, w.failed)
 	if w.errorRoutes {
 		w.unanswered = before
 	}
+}
+
+// fail notes requests that may come to the error routes.
+func (w *routeWalk) fail(f flow) {
+	f.failed, f.met = true, nil // error pages are not what a guard protects
+	w.failed = w.failed.join(f)
 }
 
 // routeList is a list of routes, or one named route, and its place.
@@ -127,56 +182,97 @@ func (l routeList) place(i int) string {
 		return l.at
 	}
 	at := fmt.Sprintf("%s.routes[%d]", l.at, i)
-	for _, set := range l.routes[i].MatcherSetsRaw {
-		var hosts []string
-		if json.Unmarshal(set["host"], &hosts) == nil && len(hosts) > 0 {
-			return at + "(" + strings.Join(hosts, " ") + ")"
-		}
+	if hosts := hostsOf(l.routes[i]); len(hosts) > 0 {
+		at += "(" + strings.Join(hosts, " ") + ")"
 	}
 	return at
 }
 
+func hostsOf(route caddyhttp.Route) []string {
+	for _, set := range route.MatcherSetsRaw {
+		var hosts []string
+		if json.Unmarshal(set["host"], &hosts) == nil && len(hosts) > 0 {
+			return hosts
+		}
+	}
+	return nil
+}
+
 func (w *routeWalk) routes(l routeList, f flow) flow {
 	for i, route := range l.routes {
-		hit := f
-		if route.Group != "" { // only one route of a group takes a request
-			for j, other := range l.routes {
-				if j != i && other.Group == route.Group {
-					hit = hit.past(miss{}, w.guardsOf(other, l.place(j))...)
-				}
-			}
-		}
+		hit, later := w.taken(l, i, f)
 		for j, handler := range route.HandlersRaw {
 			hit = w.handler(handler, handlerPlace(l.place(i), j), hit)
 		}
 		hit.ended = hit.ended || route.Terminal
-		switch {
-		case dependsOnPath(route):
-			f = f.past(miss{}, w.guardsOf(route, l.place(i))...).join(hit)
-		case route.Group != "" || len(route.MatcherSetsRaw) > 0:
-			f = f.join(hit)
-		default:
-			f = hit
+		if !hit.ended {
+			hit = hit.forget(later...) // they come to these yet
 		}
+		first := route.Group == "" || !slices.ContainsFunc(l.routes[:i], func(r caddyhttp.Route) bool { return r.Group == route.Group })
+		if first && len(route.MatcherSetsRaw) == 0 {
+			f = hit
+			continue
+		}
+		f = f.past(miss{kind: missKindOf(route.MatcherSetsRaw)}, w.guardsOf(route, l.place(i))...).join(hit)
 	}
 	return f
 }
 
-func handlerPlace(at string, i int) string { return fmt.Sprintf("%s.handle[%d]", at, i) }
-
-// dependsOnPath tells whether the route may miss a request for what a rewrite
-// changes: its path, query or method.
-func dependsOnPath(route caddyhttp.Route) bool {
-	for _, set := range route.MatcherSetsRaw {
-		for matcher := range set {
-			switch matcher {
-			case "host", "protocol", "tls", "remote_ip", "client_ip", "header", "header_regexp":
-			default:
-				return true
+// taken is the flow into one route: what the other routes of its group, of
+// which only one takes a request, leave over. It gets past their guards, and
+// past those that come later unless it goes on.
+func (w *routeWalk) taken(l routeList, i int, f flow) (hit flow, later []string) {
+	route, hit := l.routes[i], f
+	kind := missKindOf(route.MatcherSetsRaw)
+	for j, other := range l.routes {
+		peer := route.Group != "" && other.Group == route.Group
+		switch {
+		case j < i && peer:
+			hit = hit.past(miss{kind: missKindOf(other.MatcherSetsRaw)}, w.guardsOf(other, l.place(j))...)
+			hit.ended = hit.ended || len(other.MatcherSetsRaw) == 0
+		case j > i && kind != notMissed && (peer || len(hostsOf(route)) == 0): // other hosts are other sites
+			guards := w.guardsOf(other, l.place(j))
+			if !peer {
+				guards = slices.DeleteFunc(guards, func(guard string) bool { return f.missed[guard] != miss{} })
+				later = append(later, guards...)
 			}
+			hit = hit.past(miss{kind: kind}, guards...)
 		}
 	}
-	return false
+	return hit, later
+}
+
+func handlerPlace(at string, i int) string { return fmt.Sprintf("%s.handle[%d]", at, i) }
+
+// missKindOf tells whether matchers may leave out a request for what it or a
+// rewrite chooses: its path, query or method.
+func missKindOf(sets []caddy.ModuleMap) (kind missKind) {
+	for _, set := range sets {
+		for matcher, raw := range set {
+			kind = max(kind, matcherMissKind(matcher, raw))
+		}
+	}
+	return kind
+}
+
+func matcherMissKind(matcher string, raw json.RawMessage) missKind {
+	switch matcher {
+	case "host", "protocol", "tls", "remote_ip", "client_ip", "header", "header_regexp":
+		return notMissed
+	case "method", "query":
+		return byMethod
+	case "path":
+		var paths []string
+		if json.Unmarshal(raw, &paths) == nil && (slices.Contains(paths, "/*") || slices.Contains(paths, "*")) {
+			return notMissed
+		}
+	case "not":
+		var sets []caddy.ModuleMap
+		if json.Unmarshal(raw, &sets) == nil {
+			return missKindOf(sets)
+		}
+	}
+	return byMatcher
 }
 
 // guardsOf finds the guards in a route, at any depth.
@@ -195,42 +291,6 @@ func (w *routeWalk) guardsOf(route caddyhttp.Route, at string) []string {
 		})
 	}
 	return guards
-}
-
-// checkedHandler is what the check reads of the handlers it knows.
-type checkedHandler struct {
-	Handler string `json:"handler"`
-
-	Protect []string        `json:"protect"` // zejzl_auth
-	Errors  json.RawMessage `json:"errors"`  // zejzl_auth: its dialect; subroute: routes
-
-	Name           string            `json:"name"` // invoke
-	Routes         []caddyhttp.Route `json:"routes"`
-	HandleResponse []struct {
-		Routes []caddyhttp.Route `json:"routes"`
-	} `json:"handle_response"`
-
-	Rewrite   *checkedRewrite `json:"rewrite"` // reverse_proxy
-	Upstreams []struct {
-		Dial string `json:"dial"`
-	} `json:"upstreams"`
-
-	PassThru bool `json:"pass_thru"` // file_server
-}
-
-// checkedRewrite is a rewrite without what changes only the query.
-type checkedRewrite struct {
-	Method          string            `json:"method"`
-	URI             string            `json:"uri"`
-	StripPathPrefix string            `json:"strip_path_prefix"`
-	StripPathSuffix string            `json:"strip_path_suffix"`
-	URISubstring    []json.RawMessage `json:"uri_substring"`
-	PathRegexp      []json.RawMessage `json:"path_regexp"`
-}
-
-func (r *checkedRewrite) changesPath() bool {
-	return r != nil && (r.Method != "" || r.URI != "" && r.URI[0] != '?' || r.StripPathPrefix != "" || r.StripPathSuffix != "" ||
-		len(r.URISubstring) > 0 || len(r.PathRegexp) > 0)
 }
 
 // decode reads a handler. Handlers that the check doesn't know may use the
@@ -266,50 +326,72 @@ func (w *routeWalk) handler(raw json.RawMessage, at string, f flow) flow {
 	case "zejzl_auth":
 		return w.guard(h, at, f)
 	case "subroute", "invoke":
-		w.inner(h, at, func(l routeList) { f = w.routes(l, f) })
-		w.subrouteErrors(h, at)
-		return f
+		return w.subroute(h, at, f)
 	case "rewrite":
 		var r checkedRewrite
 		if err := json.Unmarshal(raw, &r); err != nil && w.err == nil {
 			w.err = fmt.Errorf("decoding %s: %w", at, err)
 		}
-		if r.changesPath() {
-			f = f.rewrite(at)
+		f = f.rewrite(&r, at)
+	case "vars":
+		if h.Root != "" {
+			f.roots = []string{h.Root}
 		}
 	case "reverse_proxy":
-		sent := f
-		if h.Rewrite.changesPath() {
-			sent = f.rewrite(at)
+		w.fail(f)
+		subrequest := len(h.HandleResponse) > 0 && h.Rewrite.fixed() // nobody can steer it
+		if !subrequest {
+			w.backend(f.rewrite(h.Rewrite, at), proxied(h)...)
 		}
-		w.backend(sent, dials(h)...)
 		f.ended = f.ended || len(h.HandleResponse) == 0
 	case "file_server":
-		w.backend(f, h.Handler)
+		w.fail(f)
+		w.backend(f, files(h, f.roots)...)
 		f.ended = f.ended || !h.PassThru
-	case "static_response", "error":
+	case "static_response", "error", "metrics":
+		if h.Handler == "error" {
+			w.fail(f)
+		}
+		w.protects(f, backend{handler: h.Handler})
 		f.ended = true
-	case "acme_server", "authentication", "copy_response", "copy_response_headers", "encode", "headers", "intercept", "log_append",
-		"map", "metrics", "push", "request_body", "templates", "timeouts", "tracing", "vars": // none of them serves by path
+	case "acme_server", "copy_response":
+		w.protects(f, backend{handler: h.Handler})
+	case "log_append":
+		if namesCredential(h.Value) && !dropsField(h.Key, false) && !slices.Contains(w.logged, at) {
+			w.logged = append(w.logged, at)
+		}
+	case "authentication":
+		w.fail(f)
+	case "copy_response_headers", "encode", "headers", "intercept", "map", "push", "request_body",
+		"templates", "timeouts", "tracing": // none of them answers by itself
 	default:
-		w.backend(f, h.Handler) // it may
+		w.fail(f)
+		w.backend(f, backend{handler: h.Handler}) // it may
 	}
 	w.inner(h, at, func(l routeList) { f = f.join(w.routes(l, f)) })
 	return f
 }
 
-func (w *routeWalk) subrouteErrors(h checkedHandler, at string) {
+// subroute walks the routes of a subroute or invoke. What fails in them comes
+// to the subroute's error routes, if it has any, and goes on behind these.
+func (w *routeWalk) subroute(h checkedHandler, at string, f flow) flow {
 	var handlers struct {
 		Routes []caddyhttp.Route `json:"routes"`
 	}
 	if len(h.Errors) == 0 {
-		return
+		w.inner(h, at, func(l routeList) { f = w.routes(l, f) })
+		return f
 	}
 	if err := json.Unmarshal(h.Errors, &handlers); err != nil && w.err == nil {
 		w.err = fmt.Errorf("decoding %s.errors: %w", at, err)
 	}
 	w.errorRoutes = w.errorRoutes || len(handlers.Routes) > 0
-	w.routes(routeList{at: at + ".errors", routes: handlers.Routes}, flow{})
+	outer := w.failed
+	w.failed = flow{ended: true}
+	w.inner(h, at, func(l routeList) { f = w.routes(l, f) })
+	failed := w.failed
+	w.failed = outer
+	return f.join(w.routes(routeList{at: at + ".errors", routes: handlers.Routes}, failed))
 }
 
 func (w *routeWalk) guard(h checkedHandler, at string, f flow) flow {
@@ -319,82 +401,70 @@ func (w *routeWalk) guard(h checkedHandler, at string, f flow) flow {
 			w.unanswered = append(w.unanswered, at)
 		}
 	}
-	f.passed = true
+	if string(h.Errors) == `"caddy"` {
+		w.fail(f.past(miss{kind: byRefusal}, at))
+	}
+	f.met = union(f.met, at)
 	if len(h.Protect) == 0 || slices.Contains(h.Protect, "/*") {
 		f.guarded, f.missed = true, nil
 		return f
 	}
 	// What it compares is the path as sent, so an earlier rewrite counts too.
-	return f.past(miss{narrowed: true, rewritten: f.rewritten}, at)
+	return f.forget(at).past(miss{byProtect, f.rewritten}, at)
 }
 
-// backend notes what requests can do at a backend, known by names.
-func (w *routeWalk) backend(f flow, names ...string) {
+// protects notes the guards in front of backends.
+func (w *routeWalk) protects(f flow, backends ...backend) {
 	if f.ended {
 		return
 	}
-	for _, name := range names {
-		w.behind[name] = w.behind[name] || f.passed
+	for _, b := range backends {
+		w.behind[b] = union(w.behind[b], f.met...)
 	}
+}
+
+// backend notes what requests can do at backends.
+func (w *routeWalk) backend(f flow, backends ...backend) {
+	if f.ended {
+		return
+	}
+	w.protects(f, backends...)
 	for _, guard := range slices.Sorted(maps.Keys(f.missed)) {
-		if m := f.missed[guard]; m.rewritten != "" {
-			w.evasions = append(w.evasions, evasion{guard, m, names})
+		if m := f.missed[guard]; m.rewritten != "" || m.kind >= byRefusal {
+			w.evasions = append(w.evasions, evasion{guard, m, backends})
 		}
 	}
 }
 
-const unknownBackend = ""
-
-// dials returns the backends of a reverse_proxy in one spelling.
-func dials(h checkedHandler) []string {
+// proxied returns the backends of a reverse_proxy in one spelling.
+func proxied(h checkedHandler) []backend {
 	if len(h.Upstreams) == 0 {
-		return []string{unknownBackend}
+		return []backend{{h.Handler, "{" + string(h.DynamicUpstreams) + "}"}}
 	}
-	var names []string
+	var backends []backend
 	for _, upstream := range h.Upstreams {
-		host, port, err := net.SplitHostPort(upstream.Dial)
+		address := upstream.Dial
+		host, port, err := net.SplitHostPort(address)
 		switch {
-		case strings.Contains(upstream.Dial, "{"):
-			names = append(names, unknownBackend)
+		case strings.Contains(address, "{"): // names in it may differ by case
 		case err == nil && (host == "" || isLoopback(host)):
-			names = append(names, "localhost:"+port)
+			address = "localhost:" + port
 		default:
-			names = append(names, strings.ToLower(upstream.Dial))
+			address = strings.ToLower(address)
 		}
+		backends = append(backends, backend{h.Handler, address})
 	}
-	return names
+	return backends
 }
 
-// reachesProtected tells whether one of the backends may have a guard in front.
-func (w *routeWalk) reachesProtected(backends []string) bool {
-	return w.behind[unknownBackend] || slices.ContainsFunc(backends, func(name string) bool {
-		return name == unknownBackend || w.behind[name]
-	})
-}
-
-const safeForm = "let the guard see all that the backend gets, with the rewrite inside: handle /api/* { zejzl_auth; reverse_proxy ... }"
-
-func (w *routeWalk) report() []finding {
-	if len(w.guards) == 0 {
-		return []finding{{"configuration", "there is no zejzl_auth guard in it", "put zejzl_auth in front of what needs a key"}}
+// files returns the backends of a file_server, by its roots.
+func files(h checkedHandler, roots []string) []backend {
+	if h.Root != "" && h.Root != "{http.vars.root}" {
+		roots = []string{h.Root}
 	}
-	var findings []finding
-	var reported []string
-	for _, e := range w.evasions {
-		if slices.Contains(reported, e.guard) || !w.reachesProtected(e.backends) {
-			continue
-		}
-		reported = append(reported, e.guard)
-		what := "requests of other paths don't meet this guard, and " + e.rewritten +
-			" rewrites them: they can reach the same backend by a path that needs a key"
-		if e.narrowed {
-			what = "protect leaves paths open, and " + e.rewritten +
-				" rewrites requests: what was open as sent can reach the backend by a path that needs a key"
-		}
-		findings = append(findings, finding{e.guard, what, safeForm})
+	var backends []backend
+	for _, root := range roots {
+		backends = append(backends, backend{h.Handler, filepath.Clean(root)})
 	}
-	for _, guard := range w.unanswered {
-		findings = append(findings, finding{guard, "errors caddy leaves refusals to handle_errors, and there is none: they have no body", "add handle_errors, or drop errors caddy"})
-	}
-	return findings
+	return backends
 }

@@ -95,7 +95,7 @@ func TestCheckLogsJSON(t *testing.T) {
 
 // Each site with another way to a guarded backend, or without.
 func TestCheckGuards(t *testing.T) {
-	const missed, narrowed = "requests of other paths don't meet this guard", "protect leaves paths open"
+	const missed, narrowed = "requests that a matcher leaves out don't meet this guard, and ", "protect leaves paths open"
 	for name, tt := range map[string]struct {
 		site string
 		want []string
@@ -109,6 +109,9 @@ func TestCheckGuards(t *testing.T) {
 		"no rewrite":      {"zejzl_auth {\n protect /api/*\n }\n reverse_proxy :8000", nil},
 		"query only":      {"zejzl_auth {\n protect /api/*\n }\n rewrite * ?a=b\n uri query +c d\n reverse_proxy :8000", nil},
 		"behind a header": {"@a header X-A *\n zejzl_auth @a\n rewrite * /x\n reverse_proxy :8000", nil},
+		"for outsiders":   {"@a not remote_ip 10.0.0.0/8\n zejzl_auth @a\n reverse_proxy :8000", nil},
+		"by method":       {"@a not method GET HEAD\n zejzl_auth @a\n reverse_proxy :8000", nil},
+		"every path":      {"zejzl_auth /*\n reverse_proxy :8000", nil},
 		"answered first":  {"route {\n zejzl_auth {\n protect /api/*\n }\n respond ok\n rewrite * /x\n reverse_proxy :8000\n }", nil},
 
 		"narrowed":          {"zejzl_auth {\n protect /api/*\n }\n rewrite /x/* /api{uri}\n reverse_proxy :8000", []string{narrowed}},
@@ -130,6 +133,7 @@ func TestCheckGuards(t *testing.T) {
 		"first of two":    {"handle /long/x/* {\n rewrite * /api{uri}\n reverse_proxy :8000\n }\n handle {\n zejzl_auth\n reverse_proxy :8000\n }", []string{missed}},
 		"unknown backend": {"handle /api/* {\n zejzl_auth\n reverse_proxy {env.A}\n }\n handle_path /x/* {\n reverse_proxy :3000\n }", []string{missed}},
 		"in a route":      {"route {\n route /api/* {\n zejzl_auth\n }\n rewrite /x/* /api{uri}\n reverse_proxy :8000\n }", []string{missed}},
+		"method":          {"@a method POST\n zejzl_auth @a\n method POST\n reverse_proxy :8000", []string{missed}},
 		"by invoke":       {"handle /api/* {\n invoke guarded\n reverse_proxy :8000\n }\n handle_path /x/* {\n reverse_proxy :8000\n }", []string{"srv0.named_routes.guarded.handle[0]: " + missed}},
 		"in an error route": {
 			"handle_errors {\n zejzl_auth /api/*\n rewrite /x/* /api{uri}\n reverse_proxy :8000\n }", []string{"srv0.errors.routes"},
@@ -139,13 +143,139 @@ func TestCheckGuards(t *testing.T) {
 		},
 
 		"errors caddy":         {"zejzl_auth {\n errors caddy\n }\n respond ok", []string{"errors caddy leaves refusals to handle_errors"}},
-		"errors caddy, served": {"zejzl_auth {\n errors caddy\n }\n handle_errors {\n respond oh\n }", nil},
+		"errors caddy, served": {"zejzl_auth {\n errors caddy\n }\n respond ok\n handle_errors {\n respond oh\n }", nil},
 		"no guard":             {"reverse_proxy :8000", []string{"configuration: there is no zejzl_auth guard"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			config := safeLog + "&(guarded) {\n zejzl_auth\n}\nhttp://a.example.com {\n " + tt.site + "\n}\n"
 			checkFindings(t, adapt(t, config), tt.want...)
 		})
+	}
+}
+
+// A guard that no request comes to, or that nothing comes behind.
+func TestCheckGuardOfNothing(t *testing.T) {
+	const nothing = "nothing comes behind this guard"
+	for name, tt := range map[string]struct {
+		order, site string
+		want        []string
+	}{
+		"ordered last":      {"last", "zejzl_auth\n reverse_proxy :8000", []string{nothing}},
+		"last, of a part":   {"last", "zejzl_auth\n reverse_proxy /api/* :8000", []string{nothing}},
+		"last, by handle":   {"last", "zejzl_auth\n handle {\n reverse_proxy :8000\n }", []string{nothing}},
+		"after the backend": {"first", "route {\n reverse_proxy :8000\n zejzl_auth\n }", []string{nothing}},
+		"answered before":   {"first", "route {\n handle {\n reverse_proxy :8000\n }\n zejzl_auth\n respond no\n }", []string{nothing}},
+		"after a taker":     {"first", "route {\n handle {\n reverse_proxy :8000\n }\n handle /api/* {\n zejzl_auth\n respond no\n }\n }", []string{nothing}},
+		"alone":             {"first", "zejzl_auth", nil},
+		"by invoke":         {"first", "route {\n respond hi\n invoke guarded\n }", []string{"named_routes.guarded.handle[0]: " + nothing}},
+		"metrics":           {"first", "zejzl_auth\n metrics", nil},
+		"acme_server":       {"first", "zejzl_auth\n acme_server", nil},
+		"answered later":    {"first", "route {\n respond /x hi\n zejzl_auth\n respond ok\n }", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := strings.Replace(safeLog, "{", "{\n order zejzl_auth "+tt.order, 1) + "&(guarded) {\n zejzl_auth\n}\nhttp://a.example.com {\n " + tt.site + "\n}\n"
+			checkFindings(t, adapt(t, config), tt.want...)
+		})
+	}
+}
+
+// A matcher is not exact, so what it leaves out must not come to the same backend.
+func TestCheckSameBackend(t *testing.T) {
+	const same = "requests that a matcher leaves out don't meet this guard, but come to the same backend"
+	for name, tt := range map[string]struct {
+		site string
+		want []string
+	}{
+		"whole site":         {"zejzl_auth /api/*\n reverse_proxy :8000", []string{same}},
+		"expression":         {"@a expression path('/api/*')\n zejzl_auth @a\n reverse_proxy :8000", []string{same}},
+		"all but some":       {"@a not path /open/*\n zejzl_auth @a\n reverse_proxy :8000", []string{same}},
+		"alternative":        {"handle /api/* {\n zejzl_auth\n reverse_proxy :8000\n }\n handle {\n reverse_proxy 127.0.0.1:8000\n }", []string{same}},
+		"before the guard":   {"route {\n reverse_proxy /open/* :8000\n zejzl_auth\n reverse_proxy :8000\n }", []string{same}},
+		"files":              {"root * /srv\n handle /a/* {\n zejzl_auth\n file_server\n }\n handle {\n file_server\n }", []string{same}},
+		"files, spelled out": {"handle /a/* {\n zejzl_auth\n file_server {\n root /srv/\n }\n }\n handle {\n root * /srv\n file_server\n }", []string{same}},
+		"same variable":      {"handle /a/* {\n zejzl_auth\n reverse_proxy {env.A}\n }\n handle {\n reverse_proxy {env.A}\n }", []string{same}},
+		"response handled":   {"zejzl_auth /api/*\n reverse_proxy :8000 {\n handle_response {\n copy_response\n }\n }", []string{same}},
+		"after a failure":    {"handle /api/* {\n zejzl_auth\n reverse_proxy :8000\n }\n handle {\n basic_auth {\n a $2a$14$Zkx19XLiW6VYouLHR5NmfOFU0z2GTNmpkT/5qqR7hx4IjWJPDhjvG\n }\n respond ok\n }\n handle_errors {\n reverse_proxy :8000\n }", []string{same}},
+		"dynamic":            {"zejzl_auth /api/*\n reverse_proxy {\n dynamic a api.local 80\n }", []string{same}},
+
+		"other backend":      {"handle /api/* {\n zejzl_auth\n reverse_proxy :8000\n }\n handle {\n reverse_proxy :3000\n }", nil},
+		"other variable":     {"handle /a/* {\n zejzl_auth\n reverse_proxy {env.A}\n }\n handle {\n reverse_proxy {env.B}\n }", nil},
+		"other root":         {"handle /a/* {\n zejzl_auth\n root * /srv/a\n file_server\n }\n handle {\n root * /srv/www\n try_files {path} /index.html\n file_server\n }", nil},
+		"header before":      {"route {\n header /x/* A b\n zejzl_auth\n reverse_proxy :8000\n }", nil},
+		"header, outsiders":  {"header /x/* A b\n @a not remote_ip 10.0.0.0/8\n zejzl_auth @a\n reverse_proxy :8000", nil},
+		"taken by address":   {"@in remote_ip 10.0.0.0/8\n handle @in {\n reverse_proxy :8000\n }\n handle {\n zejzl_auth\n reverse_proxy :8000\n }", nil},
+		"guarded by another": {"handle /api/* {\n zejzl_auth\n reverse_proxy :8000\n }\n handle {\n zejzl_auth\n reverse_proxy :8000\n }", nil},
+		"in front of an error page": {
+			"zejzl_auth /api/*\n reverse_proxy /api/* :8000\n handle_errors {\n reverse_proxy :3000\n }", nil,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			checkFindings(t, adapt(t, safeLog+"http://a.example.com {\n "+tt.site+"\n}\n"), tt.want...)
+		})
+	}
+}
+
+// Files of two sites are one backend only by their root.
+func TestCheckFilesOfSites(t *testing.T) {
+	site := "http://HOST.example.com {\n root * /srv/HOST\n GUARD\n file_server\n}\n"
+	guarded := strings.NewReplacer("HOST", "a", "GUARD", "zejzl_auth").Replace(site)
+	spa := "http://b.example.com {\n root * /srv/ROOT\n handle /api/* {\n zejzl_auth\n reverse_proxy :8000\n }\n handle {\n try_files {path} /index.html\n file_server\n }\n}\n"
+	checkFindings(t, adapt(t, safeLog+guarded+strings.Replace(spa, "ROOT", "b", 1)))
+}
+
+func TestCheckForwardAuth(t *testing.T) {
+	const site = "http://a.example.com {\n zejzl_auth {\n protect /api/*\n }\n forward_auth auth:9091 {\n uri URI\n }\n reverse_proxy :8000\n}\n"
+	for uri, want := range map[string][]string{
+		"/verify":          nil,
+		"/verify?of={uri}": nil,
+		"/verify{uri}":     {"protect leaves paths open"},
+	} {
+		checkFindings(t, adapt(t, safeLog+strings.Replace(site, "URI", uri, 1)), want...)
+	}
+}
+
+// What a guard refuses must not come to its backend by an error route.
+func TestCheckErrorRoutes(t *testing.T) {
+	const refused = "errors caddy hands refused requests to error routes"
+	for name, tt := range map[string]struct {
+		guard, handler, site string
+		want                 []string
+	}{
+		"same backend":       {"errors caddy", "reverse_proxy :8000", "reverse_proxy :8000", []string{refused}},
+		"of one status":      {"errors caddy", "reverse_proxy :8000", "@e expression {err.status_code} == 401\n handle @e {\n reverse_proxy :8000\n }\n respond no", []string{refused}},
+		"same files":         {"errors caddy", "file_server", "file_server", []string{refused}},
+		"a rewrite":          {"errors caddy", "file_server", "rewrite * /{err.status_code}{uri}\n file_server", []string{refused}},
+		"open, rewritten":    {"protect /api/*", "reverse_proxy :8000", "rewrite * /api{uri}\n reverse_proxy :8000", []string{"protect leaves paths open"}},
+		"error page":         {"errors caddy", "file_server", "rewrite * /{err.status_code}.html\n file_server", nil},
+		"error page, open":   {"protect /api/*", "file_server", "rewrite * /{err.status_code}.html\n file_server", nil},
+		"other backend":      {"errors caddy", "reverse_proxy :8000", "reverse_proxy :3000", nil},
+		"own answers":        {"", "reverse_proxy :8000", "reverse_proxy :8000", nil},
+		"guarded once more":  {"errors caddy", "reverse_proxy :8000", "zejzl_auth\n reverse_proxy :8000", nil},
+		"answered by itself": {"errors caddy", "reverse_proxy :8000", "respond no", nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			site := "zejzl_auth {\n " + tt.guard + "\n }\n " + tt.handler + "\n handle_errors {\n " + tt.site + "\n }"
+			checkFindings(t, adapt(t, safeLog+"http://a.example.com {\n "+site+"\n}\n"), tt.want...)
+		})
+	}
+}
+
+// LogEncoder knows a foreign key only by the name of its field.
+func TestCheckLogAppend(t *testing.T) {
+	const logged = "log_append writes a credential"
+	for args, want := range map[string][]string{
+		"who {header.X-Api-Key}":                     {logged},
+		"who {http.request.header.authorization}":    {logged},
+		"<who {header.Cookie}":                       {logged},
+		"who {header.X-Forwarded-Authorization}":     {logged},
+		"who {query.api_key}":                        {logged},
+		"who {http.reverse_proxy.header.Set-Cookie}": {logged},
+		"x_api_key {header.X-Api-Key}":               nil, // the encoder drops the field
+		"who {header.User-Agent}":                    nil,
+		"who {query.page}":                           nil,
+		"who X-Api-Key":                              nil,
+	} {
+		checkFindings(t, adapt(t, safeLog+"http://a.example.com {\n log_append "+args+"\n zejzl_auth\n respond ok\n}\n"), want...)
 	}
 }
 
@@ -165,13 +295,18 @@ func TestCheckUnknownHandler(t *testing.T) {
 	}{
 		"serves":      {`[` + guarded + `, {"handle": [{"handler": "rewrite", "uri": "/x"}, {"handler": "php"}]}]`, []string{"s.routes[0].handle[0]"}},
 		"another":     {`[` + guarded + `, {"handle": [{"handler": "rewrite", "uri": "/x"}, {"handler": "cgi"}]}]`, nil},
-		"holds":       {`[{"handle": [{"handler": "x", "name": 5, "routes": [{"handle": [{"handler": "zejzl_auth"}]}]}]}]`, nil},
-		"other names": {`[{"handle": [{"handler": "x", "routes": 5, "rewrite": "y"}, {"handler": "zejzl_auth"}]}]`, nil},
+		"middleware":  {`[` + guarded + `, {"handle": [{"handler": "php"}]}]`, nil},
+		"holds":       {`[{"handle": [{"handler": "x", "name": 5, "routes": [{"handle": [{"handler": "zejzl_auth"}, {"handler": "y"}]}]}]}]`, nil},
+		"other names": {`[{"handle": [{"handler": "x", "routes": 5, "rewrite": "y"}, {"handler": "zejzl_auth"}, {"handler": "x"}]}]`, nil},
 		"sub-errors": {
-			`[{"handle": [{"handler": "subroute", "routes": [{"handle": [{"handler": "zejzl_auth", "errors": "caddy"}]}],
+			`[{"handle": [{"handler": "subroute", "routes": [{"handle": [{"handler": "zejzl_auth", "errors": "caddy"}, {"handler": "static_response"}]}],
 			"errors": {"routes": [{"handle": [{"handler": "static_response"}]}]}}]}]`, nil,
 		},
-		"itself": {`[{"handle": [{"handler": "zejzl_auth"}, {"handler": "invoke", "name": "a"}]}], "named_routes": {"a": {"handle": [{"handler": "invoke", "name": "a"}]}}`, nil},
+		"sub-errors that go on": {
+			`[{"handle": [{"handler": "subroute", "routes": [{"handle": [{"handler": "zejzl_auth", "errors": "caddy"}]}],
+			"errors": {"routes": [{"handle": [{"handler": "headers"}]}]}}, {"handler": "file_server"}]}]`, []string{"errors caddy hands"},
+		},
+		"itself": {`[{"handle": [{"handler": "zejzl_auth"}, {"handler": "invoke", "name": "a"}]}], "named_routes": {"a": {"handle": [{"handler": "invoke", "name": "a"}, {"handler": "error"}]}}`, nil},
 	} {
 		t.Run(name, func(t *testing.T) { checkFindings(t, []byte(logs+tt.routes+`}}}}}`), tt.want...) })
 	}

@@ -28,8 +28,22 @@ No secret is ever taken from the command line, where other users and the
 shell's history would see it.`,
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.AddCommand(generateCommand(), hashCommand(), checkCommand())
+			cmd.SetFlagErrorFunc(func(cmd *cobra.Command, _ error) error { // which quotes the argument
+				return fmt.Errorf("expected the flags that %s --help shows", cmd.CommandPath())
+			})
 		},
 	})
+}
+
+// noArgument is cobra.NoArgs without the argument that it quotes: what somebody
+// gave in spite of the above must not reach a build log too.
+func noArgument(instead string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return errors.New("expected no argument; " + instead)
+		}
+		return nil
+	}
 }
 
 func generateCommand() *cobra.Command {
@@ -40,7 +54,7 @@ func generateCommand() *cobra.Command {
 Makes a new API key from 24 random bytes. Prints the secret, which is for the
 caller alone, its hash, and ready lines for the environment and the Caddyfile.`,
 		Example: `  caddy zejzl generate --tier pro --name "CI runner"`,
-		Args:    cobra.NoArgs,
+		Args:    noArgument("a tier and a name are given as --tier and --name"),
 	}
 	cmd.Flags().String("tier", builtinDefaultTier, "the tier of the key")
 	cmd.Flags().String("name", "", "a name for logs and the backend")
@@ -124,7 +138,7 @@ func hashCommand() *cobra.Command {
 Reads a secret from standard input, or without echo from a terminal, and prints
 the sha256: form that configurations and key files hold.`,
 		Example: `  caddy zejzl hash < secret.txt`,
-		Args:    cobra.NoArgs,
+		Args:    noArgument("the secret comes from standard input"),
 		RunE: caddycmd.WrapCommandFuncForCobra(func(caddycmd.Flags) (int, error) {
 			secret, err := readSecret(os.Stdin, os.Stderr)
 			if err == nil {

@@ -25,40 +25,40 @@ type CORS struct {
 	// is resolved when the configuration loads and split at commas and white
 	// space; unset or empty is an error. No default: at least one entry here
 	// or in dev_origins is needed, unless backend is on.
-	// Example: ["https://app.example.com", "{env.CORS_ORIGINS}"].
+	// Example: `["https://app.example.com", "{env.CORS_ORIGINS}"]`.
 	Origins []string `json:"origins,omitempty"`
 
 	// DevOrigins are further origins, allowed only with
 	// ENVIRONMENT=development. They are checked and resolved always.
-	// Default: none. Example: ["http://localhost:3000"].
+	// Default: none. Example: `["http://localhost:3000"]`.
 	DevOrigins []string `json:"dev_origins,omitempty"`
 
 	// Methods that a page may use. HEAD is allowed where GET is.
-	// Default: GET, POST, PUT, PATCH, DELETE. Example: ["GET", "POST"].
+	// Default: GET, POST, PUT, PATCH, DELETE. Example: `["GET", "POST"]`.
 	Methods []string `json:"methods,omitempty"`
 
 	// Headers that a page may send, in any case. A list replaces the default:
 	// Content-Type, Authorization, X-API-Key, X-Goog-Api-Key, Idempotency-Key
 	// and every name that starts anthropic-, openai- or x-stainless-.
-	// Example: ["Content-Type", "X-API-Key"].
+	// Example: `["Content-Type", "X-API-Key"]`.
 	Headers []string `json:"headers,omitempty"`
 
 	// Expose names response headers that a page may read, in addition to the
 	// limit, retry and request-id headers that are always exposed.
-	// Default: none. Example: ["X-Model"].
+	// Default: none. Example: `["X-Model"]`.
 	Expose []string `json:"expose,omitempty"`
 
 	// MaxAge is how long a browser may remember the answer to a preflight,
-	// sent in whole seconds: 1s to 24h. Default: 1h. Example: "10m".
+	// sent in whole seconds: 1s to 24h. Default: `"1h"`. Example: `"10m"`.
 	MaxAge caddy.Duration `json:"max_age,omitempty"`
 
 	// Credentials lets pages send cookies and client certificates. API keys
-	// in headers don't need it. Default: false. Example: true.
+	// in headers don't need it. Default: `false`. Example: `true`.
 	Credentials bool `json:"credentials,omitempty"`
 
 	// Backend leaves preflights and every Access-Control header to the
 	// backend; no other field may be set beside it.
-	// Default: false. Example: true.
+	// Default: `false`. Example: `true`.
 	Backend bool `json:"backend,omitempty"`
 }
 

@@ -25,12 +25,15 @@ type exchange struct {
 	request  *http.Request
 	path     string // as the client sent it, without the query
 	start    window.Tick
-	key      *key.Key   // the caller; nil: nobody in particular
-	rejected *key.Key   // a key that is known but not active
-	status   key.Status // of rejected
-	metered  *tier      // counted as in flight
+	key      *key.Key     // the caller; nil: nobody in particular
+	secret   string       // the credential, to be kept out of logs
+	rejected *key.Key     // a key that is known but not active
+	status   key.Status   // of rejected
+	metered  *tierMetrics // counts this request as in flight
 	charges  []charge
 	room     [1]charge // for charges: one guard is the rule
+	observed bool
+	ended    bool
 }
 
 // String is what the placeholder of exchangeVar shows, in place of the request.
@@ -93,14 +96,18 @@ func (x *exchange) placeholder(name string) (any, bool) {
 // meter counts the request as admitted and in flight, unless it passes in shadow.
 func (x *exchange) meter() {
 	if len(x.charges) > 0 {
-		x.metered = x.tier
-		x.metered.metrics.admitted.Inc()
-		x.metered.metrics.inFlight.Inc()
+		x.metered = x.tier.counters()
+		x.metered.admitted.Inc()
+		x.metered.inFlight.Inc()
 	}
 }
 
-// observe measures how long the decision took.
+// observe measures how long the decision took, once.
 func (x *exchange) observe() {
+	if x.observed {
+		return
+	}
+	x.observed = true
 	observeDecision(time.Duration(x.guard.clock.tick()-x.start) * time.Microsecond)
 }
 
@@ -123,10 +130,29 @@ func (x *exchange) refund() {
 // ours to strangers.
 func (x *exchange) passOpen(next caddyhttp.Handler) error {
 	openRequests.Inc()
+	if secret, why := readCredential(x.request.Header); why == reasonNone && x.guard.isOurs(secret) {
+		caddyhttp.SetVar(x.request.Context(), openCredentialVar, openCredential(secret))
+	}
 	x.guard.cleanRequest(x.request.Header, open, false)
 	err := next.ServeHTTP(x, x.request)
 	x.finish(x.Header())
 	return err
+}
+
+// openCredentialVar is where a guard leaves the key that it took from a
+// request outside its paths, for a later guard that protects them.
+const openCredentialVar = "zejzl_auth.open_credential" //nolint:gosec // G101: a name
+
+type openCredential string
+
+// String keeps the key from the placeholder of the variable.
+func (openCredential) String() string { return "zejzl_auth" }
+
+func (x *exchange) openCredential() (secret string, why reason) {
+	if c, ok := caddyhttp.GetVar(x.request.Context(), openCredentialVar).(openCredential); ok {
+		return string(c), reasonNone
+	}
+	return "", reasonMissingKey
 }
 
 // servePreflight answers a CORS preflight. Browsers send it without the key,
@@ -142,7 +168,7 @@ func (x *exchange) servePreflight(next caddyhttp.Handler) error {
 	x.origin = "" // a preflight has CORS headers of its own, a refused one has none
 	x.finish(h)
 	if !g.cors.preflight(x.request, h) {
-		return x.refuse(refuse(reasonForbidden))
+		return refuse(reasonForbidden)
 	}
 	publicRequests.Inc()
 	x.committed = true
@@ -150,21 +176,22 @@ func (x *exchange) servePreflight(next caddyhttp.Handler) error {
 	return nil
 }
 
-// forward hands the request to the next handler. However that ends, the slot
-// is freed by one defer.
-func (x *exchange) forward(next caddyhttp.Handler) (err error) {
-	defer x.end(&err)
+// forward hands the request to the next handler, with what was decided for a
+// later guard of the chain.
+func (x *exchange) forward(next caddyhttp.Handler) error {
+	caddyhttp.SetVar(x.request.Context(), exchangeVar, x)
 	return next.ServeHTTP(x, x.request)
 }
 
-// end is deferred around the next handler: it frees the slots, turns a panic
-// into an answer where there is none yet, and settles errors.
+// end is deferred around all that a request meets: it frees the slots, turns a
+// panic into an answer where there is none yet, and settles errors.
 func (x *exchange) end(err *error) {
+	x.ended = true
 	for i := range x.charges {
 		x.charges[i].release()
 	}
 	if x.metered != nil {
-		x.metered.metrics.inFlight.Dec()
+		x.metered.inFlight.Dec()
 	}
 	if v := recover(); v != nil {
 		if v == http.ErrAbortHandler || x.committed { //nolint:errorlint // as net/http compares it
@@ -178,6 +205,7 @@ func (x *exchange) end(err *error) {
 	}
 	// Nothing written means that net/http will write 200 with what is there.
 	x.finish(x.Header())
+	x.finishTrailers(x.Header())
 }
 
 // panicError is a panic of a handler behind the guard. Its text tells nothing
@@ -203,6 +231,8 @@ func (x *exchange) refuse(f *refusal) error {
 	}
 
 	if x.dialect == dialectCaddy {
+		server, ok := x.request.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+		x.unseen = ok && server != nil && server.Errors != nil
 		x.finish(h)
 		f.setHeaders(h)
 		h["X-Request-Id"] = []string{requestID}

@@ -70,7 +70,6 @@ func newRigIn(t testing.TB, app *App, g *Guard) *rig {
 	if err := g.provision(app.ctx, app); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = g.Cleanup() })
 	g.clock = clock{
 		tick: func() window.Tick { return r.now },
 		wall: func() time.Time { return r.wall },

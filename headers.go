@@ -21,7 +21,8 @@ import (
 // HeaderOps changes the security headers that the guard puts on answers.
 type HeaderOps struct {
 	// Headers to set, over any value from the backend. Placeholders such as
-	// {env.NAME} are replaced when the configuration loads.
+	// {env.NAME} are replaced when the configuration loads. A name stands once,
+	// here or in delete, without the + > ? of Caddy's header directive.
 	// Default: the security headers listed in the README.
 	// Example: `{"Content-Security-Policy": "default-src 'self'"}`.
 	Set map[string]string `json:"set,omitempty"`
@@ -48,9 +49,10 @@ type enforcedHeader struct {
 }
 
 const (
-	hstsHeader = "Strict-Transport-Security"
-	cspHeader  = "Content-Security-Policy"
-	corpHeader = "Cross-Origin-Resource-Policy"
+	hstsHeader  = "Strict-Transport-Security"
+	cspHeader   = "Content-Security-Policy"
+	corpHeader  = "Cross-Origin-Resource-Policy"
+	cacheHeader = "Cache-Control"
 
 	apiPolicy = "default-src 'none'; frame-ancestors 'none'"
 	// A page of the backend has scripts and styles of its own: only framing is refused.
@@ -61,8 +63,8 @@ const (
 type headerRules struct {
 	enforced []enforcedHeader
 
-	// These are set only where neither operator nor backend did.
-	fallbackCSP, fallbackCORP, fallbackCache bool
+	// Names of those set only where neither operator nor backend did.
+	fallbacks []string
 }
 
 func newHeaderRules(ops *HeaderOps) (headerRules, error) {
@@ -75,46 +77,50 @@ func newHeaderRules(ops *HeaderOps) (headerRules, error) {
 			{name: hstsHeader, value: "max-age=31536000; includeSubDomains", secureOnly: true},
 			{name: "Referrer-Policy", value: "no-referrer", scope: guardedAnswer},
 		},
-		fallbackCSP: true, fallbackCORP: true, fallbackCache: true,
+		fallbacks: []string{cspHeader, corpHeader, cacheHeader},
 	}
 	if ops == nil {
 		return rules, nil
 	}
-	var errs []error
+	errs := []error{ops.checkTwice()}
 	for _, name := range ops.Delete {
-		if err := rules.leaveOut(textproto.CanonicalMIMEHeaderKey(name)); err != nil {
-			errs = append(errs, err)
-		}
+		errs = append(errs, rules.leaveOut(textproto.CanonicalMIMEHeaderKey(name)))
 	}
 	for _, name := range slices.Sorted(maps.Keys(ops.Set)) {
-		if err := rules.set(textproto.CanonicalMIMEHeaderKey(name), ops.Set[name]); err != nil {
-			errs = append(errs, err)
-		}
+		errs = append(errs, rules.set(textproto.CanonicalMIMEHeaderKey(name), ops.Set[name]))
 	}
 	return rules, errors.Join(errs...)
 }
 
-func (h *headerRules) leaveOut(name string) error {
-	switch name {
-	case cspHeader:
-		h.fallbackCSP = false
-	case corpHeader:
-		h.fallbackCORP = false
-	case "Cache-Control":
-		h.fallbackCache = false
-	default:
-		kept := slices.DeleteFunc(h.enforced, func(e enforcedHeader) bool { return e.name == name })
-		if len(kept) == len(h.enforced) {
-			return fmt.Errorf("headers: -%s: expected one of the guard's security headers", name)
+// checkTwice refuses what would depend on the order of a map.
+func (o *HeaderOps) checkTwice() error {
+	seen := make(map[string]bool)
+	for _, name := range slices.Concat(slices.Sorted(maps.Keys(o.Set)), o.Delete) {
+		name = textproto.CanonicalMIMEHeaderKey(name)
+		if seen[name] {
+			return fmt.Errorf("headers: %s is listed twice: expected each name once, to set or to leave out", name)
 		}
-		h.enforced = kept
+		seen[name] = true
 	}
 	return nil
 }
 
+func (h *headerRules) leaveOut(name string) error {
+	enforced := slices.DeleteFunc(h.enforced, func(e enforcedHeader) bool { return e.name == name })
+	fallbacks := slices.DeleteFunc(h.fallbacks, func(f string) bool { return f == name })
+	if len(enforced) == len(h.enforced) && len(fallbacks) == len(h.fallbacks) {
+		return fmt.Errorf("headers: -%s: expected one of the guard's security headers", hide(name))
+	}
+	h.enforced, h.fallbacks = enforced, fallbacks
+	return nil
+}
+
 func (h *headerRules) set(name, value string) error {
+	if strings.IndexAny(name, "+-?>") == 0 { // as in Caddy's header directive
+		return fmt.Errorf("headers: %q: expected a plain name, whose value replaces others", hide(name))
+	}
 	if !httpguts.ValidHeaderFieldName(name) {
-		return fmt.Errorf("headers: %q: expected a header name", name)
+		return fmt.Errorf("headers: %q: expected a header name", hide(name))
 	}
 	if isGuardHeader(name) {
 		return fmt.Errorf("headers: %s is set by the guard or the server and can't be changed here", name)
@@ -126,17 +132,13 @@ func (h *headerRules) set(name, value string) error {
 	if !httpguts.ValidHeaderFieldValue(resolved) {
 		return fmt.Errorf("headers: %s: expected a valid header value", name)
 	}
-	scope, secureOnly := guardedAnswer, name == hstsHeader
 	for i := range h.enforced {
 		if h.enforced[i].name == name {
 			h.enforced[i].value = resolved
 			return nil
 		}
 	}
-	if secureOnly {
-		scope = everyAnswer
-	}
-	h.enforced = append(h.enforced, enforcedHeader{name: name, value: resolved, scope: scope, secureOnly: secureOnly})
+	h.enforced = append(h.enforced, enforcedHeader{name: name, value: resolved, scope: guardedAnswer})
 	return nil
 }
 
@@ -163,7 +165,9 @@ type answer struct {
 	verdict window.Verdict
 
 	finished   bool
-	operator   [][]string // by enforced header: values that were there before the guard
+	finishedAt int        // how many headers there were then
+	unseen     bool       // others write the body
+	operator   [][]string // values that were there before the guard: of the enforced headers, then of the fallbacks
 	serverName string     // operator's Server header
 
 	// Header values, to the caller and to the backend, live in the request's own
@@ -194,22 +198,30 @@ func (a *answer) begin(h http.Header) {
 	}
 	rules := a.guard.header.enforced
 	for i := range rules {
-		if a.skips(&rules[i]) {
-			continue
-		}
-		there := h[rules[i].name]
-		if len(there) == 0 {
+		if there := h[rules[i].name]; len(there) > 0 {
+			a.keep(i, there)
+		} else if !a.skips(&rules[i]) {
 			h[rules[i].name] = a.value(rules[i].value)
-			continue
 		}
-		if a.operator == nil {
-			a.operator = make([][]string, len(rules))
+	}
+	if a.route == open {
+		return
+	}
+	for i, name := range a.guard.header.fallbacks {
+		if there := h[name]; len(there) > 0 {
+			a.keep(len(rules)+i, there)
 		}
-		a.operator[i] = slices.Clone(there)
 	}
-	if a.route != open {
-		a.appendVary(h)
+	a.appendVary(h)
+}
+
+// keep remembers what the operator set, against the backend's values that a
+// proxy adds beside it.
+func (a *answer) keep(i int, values []string) {
+	if a.operator == nil {
+		a.operator = make([][]string, len(a.guard.header.enforced)+len(a.guard.header.fallbacks))
 	}
+	a.operator[i] = slices.Clone(values)
 }
 
 // finish runs once, when the final status is known: it takes out what the
@@ -220,31 +232,25 @@ func (a *answer) finish(h http.Header) {
 	}
 	a.finished = true
 	if a.route != open {
-		for name := range h {
-			if a.drops(name) {
-				delete(h, name)
-			}
-		}
+		a.dropBackendHeaders(h)
+		a.dropTrailerNames(h)
 		if a.serverName != "" {
 			h["Server"] = a.value(a.serverName)
 		}
 	}
 	rules := a.guard.header.enforced
 	for i := range rules {
-		if a.skips(&rules[i]) {
-			if rules[i].secureOnly {
-				delete(h, rules[i].name) // nor may the backend send it here
-			}
-			continue
-		}
 		now := h[rules[i].name]
-		if a.operator != nil && a.operator[i] != nil {
+		switch {
+		case a.operator != nil && a.operator[i] != nil:
 			if !slices.Equal(now, a.operator[i]) {
 				h[rules[i].name] = a.operator[i]
 			}
-			continue
-		}
-		if len(now) != 1 || now[0] != rules[i].value {
+		case a.skips(&rules[i]):
+			if rules[i].secureOnly {
+				delete(h, rules[i].name) // nor may the backend send it here
+			}
+		case len(now) != 1 || now[0] != rules[i].value:
 			h[rules[i].name] = a.value(rules[i].value)
 		}
 	}
@@ -259,6 +265,52 @@ func (a *answer) finish(h http.Header) {
 	if a.origin != "" {
 		a.guard.cors.actual(a.origin, h)
 	}
+	a.finishedAt = len(h)
+}
+
+func (a *answer) dropBackendHeaders(h http.Header) {
+	if a.route == open {
+		return
+	}
+	for name := range h {
+		if a.drops(name) {
+			delete(h, name)
+		}
+	}
+}
+
+// dropTrailerNames keeps what may not be a header from being a trailer.
+func (a *answer) dropTrailerNames(h http.Header) {
+	lines, ok := h["Trailer"]
+	if !ok {
+		return
+	}
+	var kept []string
+	for _, line := range lines {
+		for name := range strings.SplitSeq(line, ",") {
+			if name = strings.TrimSpace(name); name != "" && !a.drops(name) {
+				kept = append(kept, name)
+			}
+		}
+	}
+	if len(kept) == 0 {
+		delete(h, "Trailer")
+		return
+	}
+	h["Trailer"] = []string{strings.Join(kept, ", ")}
+}
+
+// finishTrailers does the same for trailers that nobody announced, which
+// handlers add to the header map after the body.
+func (a *answer) finishTrailers(h http.Header) {
+	if a.route == open || len(h) == a.finishedAt {
+		return
+	}
+	for name := range h {
+		if trailer, ok := strings.CutPrefix(name, http.TrailerPrefix); ok && a.drops(trailer) {
+			delete(h, name)
+		}
+	}
 }
 
 func (a *answer) skips(rule *enforcedHeader) bool {
@@ -266,19 +318,24 @@ func (a *answer) skips(rule *enforcedHeader) bool {
 }
 
 func (a *answer) setFallbacks(h http.Header) {
-	rules := &a.guard.header
-	if rules.fallbackCSP && len(h[cspHeader]) == 0 {
-		policy := apiPolicy
-		if isPage(h["Content-Type"]) {
-			policy = pagePolicy
+	for i, name := range a.guard.header.fallbacks {
+		if a.operator != nil && a.operator[len(a.guard.header.enforced)+i] != nil {
+			h[name] = a.operator[len(a.guard.header.enforced)+i]
+			continue
 		}
-		h[cspHeader] = a.value(policy)
-	}
-	if rules.fallbackCORP && len(h[corpHeader]) == 0 {
-		h[corpHeader] = a.value("same-origin")
-	}
-	if a.keyed && rules.fallbackCache && len(h["Cache-Control"]) == 0 {
-		h["Cache-Control"] = a.value("no-store")
+		if len(h[name]) > 0 {
+			continue
+		}
+		switch {
+		case name == cspHeader && (a.unseen || isPage(h["Content-Type"])):
+			h[name] = a.value(pagePolicy)
+		case name == cspHeader:
+			h[name] = a.value(apiPolicy)
+		case name == corpHeader:
+			h[name] = a.value("same-origin")
+		case a.keyed: // Cache-Control
+			h[name] = a.value("no-store")
+		}
 	}
 }
 

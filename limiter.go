@@ -31,11 +31,11 @@ type Tier struct {
 
 // RequestLimit admits at most Limit requests in any Window, exactly.
 type RequestLimit struct {
-	// The number of requests, at least 1. Example: `100`.
+	// The number of requests, 1 to 1,000,000,000. Required. Example: `100`.
 	Limit int `json:"limit"`
 
 	// The length of the sliding window, in whole seconds from 1s to 366d.
-	// Example: `"1m"`.
+	// Required. Example: `"1m"`.
 	Window caddy.Duration `json:"window"`
 }
 
@@ -55,7 +55,7 @@ type tier struct {
 	limits  *window.Limits
 	words   []limitWords // by index in limits.Requests()
 	policy  string       // value of RateLimit-Policy
-	metrics tierMetrics
+	metrics atomic.Pointer[tierMetrics]
 }
 
 type limitWords struct {
@@ -75,7 +75,7 @@ func newTier(name string, t Tier) (*tier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("tier %q: %w", name, err)
 	}
-	made := &tier{name: name, limits: limits, metrics: newTierMetrics(name)}
+	made := &tier{name: name, limits: limits}
 	var policies []string
 	for _, l := range limits.Requests() {
 		words := limitWords{limit: strconv.Itoa(l.Requests), label: windowLabel(l.Window)}
@@ -130,11 +130,20 @@ func monotonicTick() window.Tick {
 	return window.Tick(time.Since(processStart) / time.Microsecond)
 }
 
-// zones holds the windows and slots of this process by zone name. It outlives
-// configurations: a reload must not hand every key a fresh limit.
-var zones = caddy.NewUsagePool()
+// zones holds the windows and slots of this process by zone name. They outlive
+// configurations, also one without any guard: neither a reload nor an hour of
+// maintenance hands every key a fresh limit.
+var zones sync.Map // name to *zone
 
 const defaultZone = "default"
+
+func zoneOf(name string) *zone {
+	z, ok := zones.Load(name)
+	if !ok {
+		z, _ = zones.LoadOrStore(name, new(zone))
+	}
+	return z.(*zone)
+}
 
 // zone is where guards that share windows meet.
 type zone struct {
@@ -148,18 +157,7 @@ type zone struct {
 type account struct {
 	window.State
 	successes successLog
-}
-
-// Destruct implements caddy.Destructor. Requests still under way keep their
-// pointer to the zone, so there is nothing to end.
-func (*zone) Destruct() error { return nil }
-
-func acquireZone(name string) (*zone, error) {
-	z, _, err := zones.LoadOrNew(name, func() (caddy.Destructor, error) { return new(zone), nil })
-	if err != nil {
-		return nil, err
-	}
-	return z.(*zone), nil
+	swept     atomic.Bool // keys that remember it must look again
 }
 
 // account finds a key's account without a lock or a map: the key of this
@@ -169,14 +167,16 @@ func (z *zone) account(k *key.Key) *account {
 	if slots != nil {
 		for i := range *slots {
 			if slot := &(*slots)[i]; slot.Owner == any(z) {
-				return slot.State.(*account)
+				if acc := slot.State.(*account); !acc.swept.Load() {
+					return acc
+				}
 			}
 		}
 	}
 	acc := z.load(k.ID)
 	var grown []key.Slot
 	if slots != nil {
-		grown = append(grown, *slots...)
+		grown = slices.DeleteFunc(slices.Clone(*slots), func(s key.Slot) bool { return s.Owner == any(z) })
 	}
 	grown = append(grown, key.Slot{Owner: z, State: acc})
 	// Losing the race costs another look-up next time, nothing else.
@@ -201,6 +201,30 @@ func (z *zone) load(id string) *account {
 		shard.accounts[id] = acc
 	}
 	return acc
+}
+
+// sweepZones gives up what no configuration needs any more: accounts of keys
+// that are gone, once nothing of them is left in a window or under way. Another
+// app may still know the key, or go on if the one that swept fails to start.
+func sweepZones(now window.Tick, known func(id string) bool) {
+	zones.Range(func(_, z any) bool {
+		z.(*zone).sweep(now, known)
+		return true
+	})
+}
+
+func (z *zone) sweep(now window.Tick, known func(id string) bool) {
+	for i := range z.shards {
+		shard := &z.shards[i]
+		shard.mu.Lock()
+		for id, acc := range shard.accounts {
+			if !known(id) && acc.Idle(now) {
+				acc.swept.Store(true)
+				delete(shard.accounts, id)
+			}
+		}
+		shard.mu.Unlock()
+	}
 }
 
 // charge is one admission in one zone, kept so that it can be given back.
@@ -234,6 +258,3 @@ func (s *successLog) due(now window.Tick) (count int64, ok bool) {
 	}
 	return s.unlogged.Swap(0), true
 }
-
-// Interface guards
-var _ caddy.Destructor = (*zone)(nil)

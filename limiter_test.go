@@ -89,126 +89,231 @@ func TestMergeTiers(t *testing.T) {
 	}
 }
 
-// references tells how many guards hold a zone.
-func references(name string) int {
-	n, _ := zones.References(name)
+// accountOf is what the process keeps of a secret's key in the guard's zone.
+func accountOf(t *testing.T, g *Guard, secret string) *account {
+	t.Helper()
+	entry, ok := g.lookup(key.Sum(secret))
+	if !ok {
+		t.Fatal("the key is not in the keyring")
+	}
+	acc := g.zone.account(entry.Key)
+	if g.zone.account(entry.Key) != acc {
+		t.Error("a second look finds another account")
+	}
+	return acc
+}
+
+// accounts counts what a zone keeps.
+func (z *zone) accounts() int {
+	n := 0
+	for i := range z.shards {
+		z.shards[i].mu.Lock()
+		n += len(z.shards[i].accounts)
+		z.shards[i].mu.Unlock()
+	}
 	return n
 }
 
-func TestZoneReferences(t *testing.T) {
+func provisionGuard(t *testing.T, g *Guard) *Guard {
+	t.Helper()
 	app := provisionedApp(t, new(App))
-	const name = "references"
-	provision := func(g *Guard) (*Guard, error) {
-		g.Zone = name
-		return g, g.provision(app.ctx, app)
+	if err := g.provision(app.ctx, app); err != nil {
+		t.Fatal(err)
 	}
-	first, err := provision(new(Guard))
-	if err != nil || references(name) != 1 {
-		t.Fatalf("%v, %d references", err, references(name))
-	}
-	second, err := provision(new(Guard))
-	if err != nil || references(name) != 2 || first.zone != second.zone {
-		t.Fatalf("%v, %d references", err, references(name))
-	}
-	for _, bad := range []*Guard{
-		{Errors: "none"}, {Public: []string{"x"}}, {DefaultTier: "none"}, {Keys: []GuardKey{{Secret: "literal"}}}, {LogSuccess: "none"},
-	} {
-		if _, err := provision(bad); err == nil {
-			t.Fatalf("accepted %+v", bad)
-		}
-		if err := bad.Cleanup(); err != nil { // as Caddy does after a failed Provision
-			t.Error(err)
-		}
-		if got := references(name); got != 2 {
-			t.Fatalf("%d references after a failed Provision", got)
-		}
-	}
-	for want, g := range []*Guard{second, first} {
-		if err := g.Cleanup(); err != nil || references(name) != 1-want {
-			t.Errorf("%v, %d references", err, references(name))
-		}
-	}
-	if first.zone == nil || first.app == nil {
-		t.Error("requests that still run have lost their guard")
-	}
+	return g
 }
 
-// The same through Caddy: a configuration that fails leaves no reference, and
-// one that is dropped gives all back.
-func TestZoneReferencesThroughCaddy(t *testing.T) {
-	config := func(guards ...string) *caddy.Config {
-		var routes []string
-		for _, g := range guards {
-			routes = append(routes, `{"handle": [{"handler": "zejzl_auth", "zone": "through caddy"`+g+`}]}`)
-		}
+// What fails to load touches nothing that is running.
+func TestFailedProvisionChangesNothing(t *testing.T) {
+	secret := key.Generate()
+	running := provisionGuard(t, &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: key.Sum(secret).String(), Tier: "pro"}}})
+	acc := accountOf(t, running, secret)
+	config := func(guard string) *caddy.Config {
 		cfg := new(caddy.Config)
-		text := `{"admin": {"disabled": true}, "logging": {"logs": {"default": {"writer": {"output": "discard"}}}}, "apps": {
-			"zejzl": {"sources": [{"source": "env", "prefix": "ZEJZL_NO_SUCH_KEY_"}]},
-			"http": {"servers": {"a": {"listen": ["127.0.0.1:0"], "routes": [` + strings.Join(routes, ",") + `]}}}}}`
+		text := siteConfig(`{"listen": ["127.0.0.1:0"], "routes": [{"handle": [{"handler": "zejzl_auth", "zone": "`+t.Name()+`"`+guard+`}]}]}`, noKeys)
 		if err := json.Unmarshal([]byte(text), cfg); err != nil {
 			t.Fatal(err)
 		}
 		return cfg
 	}
-	kept, err := acquireZone("through caddy")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _, _ = zones.Delete("through caddy") }()
-	for guards, want := range map[string]string{
+	for guard, want := range map[string]string{
 		``: "", `,"errors":"none"`: `errors "none": expected auto`, `,"unheard":1`: `unknown field "unheard"`,
 		`,"tiers":{"x":{"requests":[{"limit":1,"window":"1m","per":1}]}}`: `unknown field "per"`,
 		`,"cors":{"origins":["https://*.example.com"]}`:                   "cors",
+		`,"keys":[{"secret":"literal"}]`:                                  "secret: expected sha256:",
+		`,"default_tier":"none"`:                                          "default_tier",
 	} {
-		err := caddy.Validate(config("", guards))
+		err := caddy.Validate(config(guard))
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("error %v, want %q", err, want)
 		}
-		if got := references("through caddy"); got != 1 {
-			t.Errorf("%q: %d references", guards, got)
+		if accountOf(t, running, secret) != acc || zoneOf(t.Name()) != running.zone || running.zone.accounts() != 1 {
+			t.Errorf("%q touched the windows", guard)
 		}
-		if again, _, _ := zones.LoadOrNew("through caddy", nil); again != any(kept) {
-			t.Error("another zone")
-		}
-		_, _ = zones.Delete("through caddy")
 	}
 }
 
-// A key keeps its windows and slots over configurations, whatever they change.
-func TestAccountsOutliveConfigurations(t *testing.T) {
-	digest := key.Sum(key.Generate()).String()
-	guard := func(tier string) *Guard {
-		g := &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: digest, Tier: tier, Name: tier}}}
-		app := provisionedApp(t, new(App))
-		if err := g.provision(app.ctx, app); err != nil {
-			t.Fatal(err)
+func TestZonePlaceholder(t *testing.T) {
+	t.Setenv("ZEJZL_TEST_ZONE", "a zone of the environment")
+	t.Setenv("ZEJZL_TEST_EMPTY", "")
+	for zone, want := range map[string]string{
+		"": defaultZone, "{env.ZEJZL_TEST_ZONE}": "a zone of the environment", "a {env.ZEJZL_TEST_ZONE}": "a a zone of the environment",
+	} {
+		if g := provisionGuard(t, &Guard{Zone: zone}); g.zone != zoneOf(want) {
+			t.Errorf("zone %q is not %q", zone, want)
 		}
+	}
+	app := provisionedApp(t, new(App))
+	for _, name := range []string{"ZEJZL_TEST_EMPTY", "ZEJZL_TEST_UNSET"} {
+		err := (&Guard{Zone: "{env." + name + "}"}).provision(app.ctx, app)
+		mustNotTell(t, err, nil, "zone: ", name)
+	}
+}
+
+// A key keeps its windows and slots over configurations, whatever they change,
+// also over one that has no guard and knows no key.
+func TestAccountsOutliveConfigurations(t *testing.T) {
+	secret := key.Generate()
+	guard := func(tier string) *Guard {
+		g := provisionGuard(t, &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: key.Sum(secret).String(), Tier: tier, Name: tier}}})
+		started(t, g.app)
 		return g
 	}
-	account := func(g *Guard) *account {
-		d, _ := key.ParseDigest(digest)
-		entry, _ := g.lookup(d)
-		a := g.zone.account(entry.Key)
-		if g.zone.account(entry.Key) != a {
-			t.Error("a second look finds another account")
-		}
-		return a
-	}
 	old := guard("free")
-	acc := account(old)
+	acc := accountOf(t, old, secret)
+	if v := acc.Admit(monotonicTick(), old.tiers["free"].limits); v.Remaining != 9 {
+		t.Fatalf("%+v", v)
+	}
+	acc.Release()
 	now := guard("pro")
-	_ = old.Cleanup()
-	if account(now) != acc {
+	stopped(t, old.app)
+	if accountOf(t, now, secret) != acc || accountOf(t, old, secret) != acc {
 		t.Error("a reload gives a fresh account")
 	}
-	if account(old) != acc {
-		t.Error("requests of the old configuration lost the account")
+	maintenance := started(t, provisionedApp(t, new(App)))
+	stopped(t, now.app)
+	back := guard("free")
+	stopped(t, maintenance)
+	if accountOf(t, back, secret) != acc {
+		t.Error("a configuration without any guard gives a fresh account")
 	}
-	_ = now.Cleanup()
-	last := guard("free")
-	defer func() { _ = last.Cleanup() }()
-	if account(last) == acc {
-		t.Error("windows without any guard live on")
+	if v := accountOf(t, back, secret).Admit(monotonicTick(), back.tiers["free"].limits); v.Remaining != 8 {
+		t.Errorf("after all reloads: %+v", v)
+	}
+}
+
+// started starts an app and stops it with the test.
+func started(t *testing.T, a *App) *App {
+	t.Helper()
+	if err := a.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stopped(t, a) })
+	return a
+}
+
+func stopped(t *testing.T, a *App) {
+	t.Helper()
+	if err := a.Stop(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSweep(t *testing.T) {
+	minute, err := newTier("m", oneIn(time.Minute))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const at, over = window.Tick(1_000_000), window.Tick(61_000_000)
+	z := zoneOf(t.Name())
+	accounts := make(map[string]*account)
+	for _, id := range []string{"idle", "idle but known", "in a window", "in flight", "refunded"} {
+		accounts[id] = z.load(id)
+	}
+	for _, id := range []string{"in a window", "in flight", "refunded"} {
+		accounts[id].Admit(at, minute.limits)
+	}
+	accounts["in a window"].Release()
+	accounts["refunded"].Release()
+	accounts["refunded"].Refund(at, minute.limits)
+	known := func(id string) bool { return strings.HasSuffix(id, "known") }
+	kept := func() string {
+		var ids []string
+		for i := range z.shards {
+			ids = slices.AppendSeq(ids, maps.Keys(z.shards[i].accounts))
+		}
+		slices.Sort(ids)
+		return strings.Join(ids, ", ")
+	}
+	for _, c := range []struct {
+		now  window.Tick
+		want string
+	}{
+		{at, "idle but known, in a window, in flight"},
+		{over - 1, "idle but known, in a window, in flight"},
+		{over, "idle but known, in flight"},
+	} {
+		sweepZones(c.now, known)
+		if got := kept(); got != c.want {
+			t.Errorf("at %d: %s, want %s", c.now, got, c.want)
+		}
+	}
+	accounts["in flight"].Release()
+	sweepZones(over, known)
+	if got := kept(); got != "idle but known" || z.load("idle but known") != accounts["idle but known"] {
+		t.Errorf("at last: %s", got)
+	}
+}
+
+// Start sweeps, but a key that remembers a swept account is known to another
+// app: it looks again, so that all apps go on with one account.
+func TestFailedStartLeavesOneAccount(t *testing.T) {
+	secret := key.Generate()
+	config := func() *Guard {
+		return provisionGuard(t, &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: key.Sum(secret).String(), Tier: "pro"}}})
+	}
+	g := config()
+	started(t, g.app)
+	idle := accountOf(t, g, secret)
+	stopped(t, started(t, provisionedApp(t, new(App)))) // as if another app of its configuration failed
+	acc := accountOf(t, g, secret)
+	if acc == idle || g.zone.accounts() != 1 {
+		t.Fatal("Start does not sweep")
+	}
+	acc.Admit(monotonicTick(), g.tiers["pro"].limits)
+	if next := config(); accountOf(t, next, secret) != acc || accountOf(t, g, secret) != acc {
+		t.Error("the next reload gives a fresh account")
+	}
+}
+
+// A file that changes its key a thousand times leaves one account.
+func TestRotatedKeysLeaveNothing(t *testing.T) {
+	path := writeKeyFile(t, keysJSON(key.Generate()))
+	r := newReloading(t, path)
+	g := &Guard{Zone: t.Name()}
+	if err := g.provision(r.ctx, r.App); err != nil {
+		t.Fatal(err)
+	}
+	busy := key.Generate()
+	r.write(path, keysJSON(busy), time.Now().Add(-time.Hour))
+	r.poll()
+	charged := accountOf(t, g, busy)
+	charged.Admit(monotonicTick(), r.tiers["pro"].limits)
+	for i := range 1000 {
+		secret := key.Generate()
+		r.write(path, keysJSON(secret), time.Unix(int64(i), 0))
+		if got := r.poll(); got != fileLoaded {
+			t.Fatalf("rotation %d: logged %q", i, got)
+		}
+		accountOf(t, g, secret)
+	}
+	if got := g.zone.accounts(); got != 2 {
+		t.Errorf("%d accounts, want that of the key and one in use", got)
+	}
+	r.write(path, keysJSON(busy), time.Now().Add(-time.Hour))
+	r.poll()
+	if accountOf(t, g, busy) != charged {
+		t.Error("a key that comes back has a fresh window")
 	}
 }
 
@@ -218,12 +323,23 @@ func TestAccountsByZone(t *testing.T) {
 	b := newRigIn(t, app, &Guard{Zone: t.Name() + "/b", Keys: []GuardKey{{Secret: key.Sum(a.secret).String(), Tier: "pro", Name: "CI runner"}}})
 	entry, _ := a.lookup(key.Sum(a.secret))
 	other, _ := b.lookup(key.Sum(a.secret))
-	if entry.Key != other.Key {
+	if entry.Key.ID != other.Key.ID {
 		t.Fatal("the same secret with tier and name is one key")
 	}
-	one, two := a.zone.account(entry.Key), b.zone.account(entry.Key)
-	if one == two || a.zone.account(entry.Key) != one || b.zone.account(entry.Key) != two {
+	one, two := a.zone.account(entry.Key), b.zone.account(other.Key)
+	if one == two || a.zone.account(entry.Key) != one || b.zone.account(other.Key) != two {
 		t.Error("zones mix their accounts")
+	}
+	// Both zones are found by one key too, and a swept one is looked up again.
+	if b.zone.account(entry.Key) != two || a.zone.account(entry.Key) != one {
+		t.Error("a key mixes its zones")
+	}
+	a.zone.sweep(0, func(string) bool { return false })
+	if again := a.zone.account(entry.Key); again == one || a.zone.account(entry.Key) != again || b.zone.account(entry.Key) != two {
+		t.Error("a swept account is not replaced, or not alone")
+	}
+	if got := len(*entry.Key.Slots.Load()); got != 2 {
+		t.Errorf("the key remembers %d accounts in two zones", got)
 	}
 }
 
@@ -306,7 +422,7 @@ func TestThinner(t *testing.T) {
 		{"a", reasonInvalidKey, logInterval, 3, true},
 		{"a", reasonInvalidKey, 3 * logInterval, 1, true},
 	} {
-		if count, due := thin.due(c.why, c.who, c.at); count != c.count || due != c.due {
+		if count, due := thin.due(c.why, c.who, c.at, 1); count != c.count || due != c.due {
 			t.Errorf("%+v: %d %v", c, count, due)
 		}
 	}
@@ -315,7 +431,7 @@ func TestThinner(t *testing.T) {
 	const events = 100_000
 	var lines, counted int64
 	for i := range events {
-		if count, due := thin.due(reasonMissingKey, strings.Repeat("x", i%7)+string(rune(i)), 0); due {
+		if count, due := thin.due(reasonMissingKey, strings.Repeat("x", i%7)+string(rune(i)), 0, 1); due {
 			lines, counted = lines+1, counted+count
 		}
 	}

@@ -26,8 +26,6 @@ var metrics = struct {
 	requests  *prometheus.CounterVec
 	inFlight  *prometheus.GaugeVec
 	decisions prometheus.Histogram
-	keys      *prometheus.GaugeVec
-	keyFileOK prometheus.Gauge
 }{
 	requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: metricsNamespace, Name: "requests_total",
@@ -42,21 +40,13 @@ var metrics = struct {
 		Help:    "Time from a request's arrival at the guard to its decision.",
 		Buckets: []float64{1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1},
 	}),
-	keys: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-		Namespace: metricsNamespace, Name: "keys",
-		Help: "Keys of the running configuration by source.",
-	}, []string{"source"}),
-	keyFileOK: prometheus.NewGauge(prometheus.GaugeOpts{
-		Namespace: metricsNamespace, Name: "key_file_ok",
-		Help: "1 if every key file is as it was last read, 0 if one went bad and its last good keys are in use.",
-	}),
 }
 
 const metricsNamespace = "zejzl_auth"
 
 func registerMetrics(registry *prometheus.Registry) error {
 	for _, c := range []prometheus.Collector{
-		metrics.requests, metrics.inFlight, metrics.decisions, metrics.keys, metrics.keyFileOK,
+		metrics.requests, metrics.inFlight, metrics.decisions, keyGauges{},
 	} {
 		err := registry.Register(c)
 		if _, again := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !again {
@@ -66,17 +56,59 @@ func registerMetrics(registry *prometheus.Registry) error {
 	return nil
 }
 
-// tierMetrics are the counters of a tier's admitted requests, looked up once.
+// keyGauges tell of the keys of the running configuration.
+type keyGauges struct{}
+
+var (
+	keysDesc = prometheus.NewDesc(prometheus.BuildFQName(metricsNamespace, "", "keys"),
+		"Keys of the running configuration by source.", []string{"source"}, nil)
+	keyFileOKDesc = prometheus.NewDesc(prometheus.BuildFQName(metricsNamespace, "", "key_file_ok"),
+		"1 if the key files are in use as they stand, 0 while their last good keys are.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (keyGauges) Describe(ch chan<- *prometheus.Desc) {
+	ch <- keysDesc
+	ch <- keyFileOKDesc
+}
+
+// Collect implements prometheus.Collector.
+func (keyGauges) Collect(ch chan<- prometheus.Metric) {
+	a := runningApp()
+	if a == nil {
+		return
+	}
+	state := a.keyState.Load()
+	for source, n := range map[string]int{
+		sourceEnv: state.env, sourceFile: state.file, "config": state.config, "development": state.development,
+	} {
+		ch <- prometheus.MustNewConstMetric(keysDesc, prometheus.GaugeValue, float64(n), source)
+	}
+	ok := 1.0
+	if state.failed {
+		ok = 0
+	}
+	ch <- prometheus.MustNewConstMetric(keyFileOKDesc, prometheus.GaugeValue, ok)
+}
+
+// tierMetrics are the counters of a tier's admitted requests.
 type tierMetrics struct {
 	admitted prometheus.Counter
 	inFlight prometheus.Gauge
 }
 
-func newTierMetrics(name string) tierMetrics {
-	return tierMetrics{
-		admitted: metrics.requests.WithLabelValues(string(decisionAdmitted), "", name),
-		inFlight: metrics.inFlight.WithLabelValues(name),
+// counters are looked up when the first request needs them, and only then
+// exist: a tier that is only adapted or validated leaves no series behind.
+func (t *tier) counters() *tierMetrics {
+	if m := t.metrics.Load(); m != nil {
+		return m
 	}
+	m := &tierMetrics{
+		admitted: metrics.requests.WithLabelValues(string(decisionAdmitted), "", t.name),
+		inFlight: metrics.inFlight.WithLabelValues(t.name),
+	}
+	t.metrics.Store(m)
+	return m
 }
 
 var (
@@ -89,3 +121,6 @@ func countDecision(d decision, why reason, tierName string) {
 }
 
 func observeDecision(d time.Duration) { metrics.decisions.Observe(d.Seconds()) }
+
+// Interface guards
+var _ prometheus.Collector = keyGauges{}

@@ -1,13 +1,17 @@
 package zejzlauth
 
 import (
+	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/zejzl/caddy-zejzl-auth/internal/key"
 )
 
 func newRegistry(t *testing.T) *prometheus.Registry {
@@ -47,11 +51,125 @@ func TestMetricsGoOnOverConfigurations(t *testing.T) {
 	for i := range 2 {
 		registry := newRegistry(t)
 		r := newRig(t, &Guard{Tiers: map[string]Tier{"metered": oneIn(time.Hour)}})
-		r.tiers["metered"].metrics.admitted.Inc()
+		r.tiers["metered"].counters().admitted.Inc()
 		if got := admitted(registry) - start; got != float64(i+1) {
 			t.Errorf("configuration %d: %v, want %d", i, got, i+1)
 		}
 	}
+}
+
+// seriesOf counts the series that speak of a tier.
+func seriesOf(t *testing.T, tierName string) int {
+	t.Helper()
+	families, err := newRegistry(t).Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, family := range families {
+		for _, m := range family.GetMetric() {
+			for _, label := range m.GetLabel() {
+				if label.GetName() == "tier" && label.GetValue() == tierName {
+					n++
+				}
+			}
+		}
+	}
+	return n
+}
+
+// A tier has no series before its first admitted request: not of the many
+// configurations that are only adapted, validated or refused.
+func TestTierMetricsBeginWithTheFirstRequest(t *testing.T) {
+	const tiers = `"tiers": {"unheard": {"requests": [{"limit": 1, "window": "1h"}]}}`
+	for guard, ok := range map[string]bool{tiers: true, tiers + `, "errors": "none"`: false, `"zone": "{env.ZEJZL_TEST_UNSET}", ` + tiers: false} {
+		_, err := provisionConfig(t, siteConfig(`{"listen": ["127.0.0.1:0"], "routes": [{"handle": [{"handler": "zejzl_auth", `+guard+`}]}]}`, noKeys))
+		if (err == nil) != ok {
+			t.Fatalf("%s: %v", guard, err)
+		}
+	}
+	r := newRig(t, &Guard{Tiers: map[string]Tier{"unheard": oneIn(time.Hour)}})
+	unheard := key.Generate()
+	g := newRig(t, &Guard{Tiers: map[string]Tier{"unheard": oneIn(time.Hour)}, Keys: []GuardKey{{Secret: key.Sum(unheard).String(), Tier: "unheard"}}})
+	r.must(t, http.StatusOK, r.chat(), respondOK)
+	g.must(t, http.StatusUnauthorized, newRequest("GET", "/x"), notReached(t))
+	if got := seriesOf(t, "unheard"); got != 0 {
+		t.Errorf("%d series before any request of the tier", got)
+	}
+	g.must(t, http.StatusOK, newRequest("GET", "/x", "X-Api-Key", unheard), respondOK)
+	if got := seriesOf(t, "unheard"); got != 2 {
+		t.Errorf("%d series after the first request, want requests_total and in_flight", got)
+	}
+}
+
+// keyMetrics is what the metrics say of keys, as "source=number" and "ok=0 or 1".
+func keyMetrics(t *testing.T) string {
+	t.Helper()
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(keyGauges{})
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said []string
+	for _, family := range families {
+		for _, m := range family.GetMetric() {
+			name := "ok"
+			for _, label := range m.GetLabel() {
+				name = label.GetValue()
+			}
+			said = append(said, fmt.Sprintf("%s=%v", name, m.GetGauge().GetValue()))
+		}
+	}
+	slices.Sort(said)
+	return strings.Join(said, " ")
+}
+
+func mustSay(t *testing.T, when, want string) {
+	t.Helper()
+	if got := keyMetrics(t); got != want {
+		t.Errorf("%s: %q, want %q", when, got, want)
+	}
+}
+
+// The metrics of keys speak for the newest app that runs, however it comes to
+// be the newest.
+func TestKeyGauges(t *testing.T) {
+	filed, env := key.Generate(), key.Generate()
+	path := writeKeyFile(t, keysJSON(filed, key.Generate()))
+	t.Setenv("ZEJZL_TEST_GAUGES_A", env+":pro")
+	t.Setenv("ZEJZL_TEST_GAUGES_B", key.Sum(env).String()+":pro")
+	t.Setenv("ZEJZL_TEST_GAUGES_C", filed+":pro:key 0")
+	mustSay(t, "no app runs", "")
+	old := newReloadingFrom(t, Source{Source: "env", Prefix: "ZEJZL_TEST_GAUGES_"}, Source{Source: "file", Path: path})
+	newRigIn(t, old.App, &Guard{Keys: []GuardKey{
+		{key.Sum(filed).String(), "pro", "key 0"}, {Secret: key.Sum(env).String(), Tier: "pro"},
+	}})
+	mustSay(t, "provisioned only", "")
+	started(t, old.App)
+	const ofOld = "config=1 development=0 env=1 file=2 ok=1" // the rig's own key; a key stated twice is one
+	mustSay(t, "started", ofOld)
+
+	failed := started(t, provisionedApp(t, new(App)))
+	mustSay(t, "while another one loads", "config=0 development=0 env=0 file=0 ok=1")
+	stopped(t, failed)
+	mustSay(t, "after it failed", ofOld)
+
+	old.write(path, "{", time.Now().Add(-time.Minute))
+	old.poll()
+	mustSay(t, "a bad file", strings.Replace(ofOld, "ok=1", "ok=0", 1))
+	old.write(path, keysJSON(filed), time.Now().Add(-time.Minute))
+	old.poll()
+	mustSay(t, "mended", strings.Replace(ofOld, "file=2", "file=1", 1))
+
+	t.Setenv("ENVIRONMENT", "development")
+	forgetDevelopmentKey(t)
+	next := provisionedApp(t, new(App))
+	capturedStderr(t, func() { started(t, next) })
+	stopped(t, old.App)
+	mustSay(t, "after a reload", "config=0 development=1 env=0 file=0 ok=1")
+	stopped(t, next)
+	mustSay(t, "all stopped", "")
 }
 
 func TestMetricsConflict(t *testing.T) {

@@ -40,6 +40,7 @@ type Guard struct {
 
 	// Keys that hold for this guard only. Default: none; the keys of the
 	// zejzl app hold for every guard.
+	// Example: `[{"secret": "{env.PROD_KEY}", "tier": "pro", "name": "CI runner"}]`.
 	Keys []GuardKey `json:"keys,omitempty"`
 
 	// Tiers that this guard adds or changes, by name. Default: the tiers of
@@ -47,6 +48,7 @@ type Guard struct {
 	Tiers map[string]Tier `json:"tiers,omitempty"`
 
 	// The tier of keys that name none. Default: that of the zejzl app.
+	// Example: `"pro"`.
 	DefaultTier string `json:"default_tier,omitempty"`
 
 	// Guards with the same zone share the windows and slots of a key.
@@ -55,32 +57,34 @@ type Guard struct {
 
 	// Which origins browsers may call from. Default: none; preflights get
 	// 403 and CORS headers of the backend are removed.
+	// Example: `{"origins": ["https://app.example.com"]}`.
 	CORS *CORS `json:"cors,omitempty"`
 
 	// Changes to the security headers. Default: none.
+	// Example: `{"set": {"X-Frame-Options": "SAMEORIGIN"}}`.
 	Headers *HeaderOps `json:"headers,omitempty"`
 
 	// How errors look: auto (as the caller's SDK expects), zejzl, openai,
 	// anthropic, gemini, problem (RFC 9457), or caddy, which leaves refusals
 	// and errors to the site's handle_errors. Default: `"auto"`.
+	// Example: `"openai"`.
 	Errors string `json:"errors,omitempty"`
 
-	// Keep the client's key in the request to the backend. Default: false,
-	// it is removed.
+	// Keep the client's key in the request to the backend. Default: `false`,
+	// it is removed. Example: `true`.
 	ForwardCredentials bool `json:"forward_credentials,omitempty"`
 
 	// Log of successful calls: info (at most one line a key and minute, with
 	// the number of calls since the last), all, debug, or off.
-	// Default: `"info"`.
+	// Default: `"info"`. Example: `"all"`.
 	LogSuccess string `json:"log_success,omitempty"`
 
 	// Count and log what the limits would refuse, but refuse and charge
-	// nothing. Default: false.
+	// nothing. Default: `false`. Example: `true`.
 	Shadow bool `json:"shadow,omitempty"`
 
 	app         *App
 	zone        *zone
-	releaseZone func()
 	keyring     *key.Ring // nil: no keys of its own
 	tiers       map[string]*tier
 	defaultTier string
@@ -100,6 +104,7 @@ type GuardKey struct {
 	// The secret's hash, `sha256:` and 64 hex digits, or one placeholder such
 	// as `{env.PROD_KEY}` that holds the hash or the secret. A literal secret
 	// is refused: configuration is shown by the admin API and kept on disk.
+	// Required. Example: `"{env.PROD_KEY}"`.
 	Secret string `json:"secret,omitempty"`
 
 	// The tier. Default: the guard's default tier. Example: `"pro"`.
@@ -123,8 +128,9 @@ func (*Guard) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision implements caddy.Provisioner. It touches no live state but for
-// its reference to the zone: the configuration may yet be dropped.
+// Provision implements caddy.Provisioner. It changes no live state, since the
+// configuration may yet be dropped, and takes nothing that Cleanup would have
+// to give back: requests of an old configuration still run after its Cleanup.
 func (g *Guard) Provision(ctx caddy.Context) error {
 	app, err := ctx.App("zejzl")
 	if err != nil {
@@ -143,14 +149,13 @@ func (g *Guard) provision(ctx caddy.Context, app *App) (err error) {
 		return err
 	}
 
-	name := g.Zone
-	if name == "" {
-		name = defaultZone
+	zoneName := defaultZone
+	if g.Zone != "" {
+		if zoneName, err = caddy.NewReplacer().ReplaceOrErr(g.Zone, true, true); err != nil {
+			return fmt.Errorf("zone: %w", err)
+		}
 	}
-	if g.zone, err = acquireZone(name); err != nil {
-		return fmt.Errorf("zone %q: %w", name, err)
-	}
-	g.releaseZone = func() { _, _ = zones.Delete(name) }
+	g.zone = zoneOf(zoneName)
 	return nil
 }
 
@@ -180,23 +185,13 @@ func (g *Guard) provisionRules() error {
 	if g.logSuccess, known = successLevels[g.LogSuccess]; !known {
 		errs[4] = fmt.Errorf("log_success %q: expected %s", g.LogSuccess, successLevelNames)
 	}
-	g.vary[protected] = "Authorization, X-API-Key"
+	g.vary[protected] = "Authorization, X-API-Key, X-Goog-Api-Key, Api-Key"
 	g.corsBackend = g.CORS != nil && g.CORS.Backend
 	if g.cors != nil {
 		g.vary[protected] += ", Origin"
 		g.vary[public] = "Origin"
 	}
 	return errors.Join(errs[:]...)
-}
-
-// Cleanup implements caddy.CleanerUpper. Caddy calls it after a failed
-// Provision too, and while requests of an old configuration still run: it
-// gives back what was taken and leaves the guard in working order.
-func (g *Guard) Cleanup() error {
-	if g.releaseZone != nil {
-		g.releaseZone()
-	}
-	return nil
 }
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
@@ -211,12 +206,19 @@ func (g *Guard) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp
 	if rt == open {
 		return x.passOpen(next)
 	}
+	return g.serve(x, badPath, next)
+}
 
+// serve runs a request for a protected or public path through the rules.
+// However that ends, end answers what failed and frees the slots.
+func (g *Guard) serve(x *exchange, badPath bool, next caddyhttp.Handler) (err error) {
+	defer x.end(&err)
+	r := x.request
 	switch {
 	case !methodAllowed(r):
-		return x.refuse(refuse(reasonMethodNotAllowed))
+		return refuse(reasonMethodNotAllowed)
 	case badPath:
-		return x.refuse(refuse(reasonInvalidPath))
+		return refuse(reasonInvalidPath)
 	case isPreflight(r):
 		return x.servePreflight(next)
 	}
@@ -224,9 +226,8 @@ func (g *Guard) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp
 		removeUpgrade(r.Header)
 	}
 	if f := g.decide(x); f != nil {
-		return x.refuse(f)
+		return f
 	}
-	caddyhttp.SetVar(r.Context(), exchangeVar, x)
 	return x.forward(next)
 }
 
@@ -234,16 +235,19 @@ func (g *Guard) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp
 func (g *Guard) decide(x *exchange) *refusal {
 	h := x.request.Header
 	secret, why := readCredential(h)
+	if why == reasonMissingKey {
+		secret, why = x.openCredential()
+	}
 	if why == reasonNone {
-		if f := g.app.awaitStart(x.request.Context()); f != nil {
-			return f
-		}
-		k, status := g.authenticate(secret)
-		if k != nil && status == key.Active {
+		x.secret = secret
+		if !g.app.awaitStart(x.request.Context()) {
+			why = reasonStarting
+		} else if k, status := g.authenticate(secret); k != nil && status == key.Active {
 			return g.admitKey(x, k)
+		} else {
+			why = reasonInvalidKey
+			x.rejected, x.status = k, status
 		}
-		why = reasonInvalidKey
-		x.rejected, x.status = k, status
 	}
 	if x.route == protected {
 		return refuse(why)
@@ -306,10 +310,11 @@ func (g *Guard) admit(x *exchange) *refusal {
 // serveInner is a guard behind another guard of the same chain: who calls is
 // decided, and only a zone of its own is still to be charged.
 func (g *Guard) serveInner(x *exchange, w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if x.key != nil && !x.charged(g.zone) {
+	// In handle_errors the exchange has ended: nobody would free another slot.
+	if x.key != nil && !x.ended && !x.charged(g.zone) {
 		if f := g.admit(x); f != nil {
 			x.refund()
-			return f
+			return caddyhttp.Error(f.status, f) // so that handlers between see the status
 		}
 	}
 	return next.ServeHTTP(w, r)
@@ -318,6 +323,5 @@ func (g *Guard) serveInner(x *exchange, w http.ResponseWriter, r *http.Request, 
 // Interface guards
 var (
 	_ caddy.Provisioner           = (*Guard)(nil)
-	_ caddy.CleanerUpper          = (*Guard)(nil)
 	_ caddyhttp.MiddlewareHandler = (*Guard)(nil)
 )

@@ -277,7 +277,6 @@ func TestAwaitStart(t *testing.T) {
 		if err := g.provision(app.ctx, app); err != nil {
 			t.Fatal(err)
 		}
-		defer func() { _ = g.Cleanup() }()
 		r := &rig{Guard: g}
 		start := time.Now()
 		with := func() *http.Request { return newRequest("POST", "/x", "X-Api-Key", key.Generate()) }

@@ -5,6 +5,8 @@ import (
 	"net/http"
 	"strings"
 	"unicode/utf8"
+
+	"golang.org/x/text/unicode/norm"
 )
 
 // route is what the path rules make of a request.
@@ -152,7 +154,8 @@ func inspectPath(raw string) pathOddity {
 func inspectSegments(raw string) pathOddity {
 	oddity := plainPath
 	decoded := decode(raw)
-	if hasOddEscape(raw) || !utf8.ValidString(decoded) {
+	// Fullwidth dots, slashes and spaces are plain ones to a backend that normalizes.
+	if hasOddEscape(raw) || !utf8.ValidString(decoded) || !norm.NFKC.IsNormalString(decoded) {
 		oddity = unusualPath
 	}
 	start := 0
@@ -167,8 +170,9 @@ func inspectSegments(raw string) pathOddity {
 			continue
 		}
 		segment := decoded[start:i]
-		// /..;/ is a dot segment to a Java backend, which drops parameters (CVE-2026-73511)
-		if name, _, _ := strings.Cut(segment, ";"); name == "." || name == ".." {
+		// /..;/ is a dot segment to a Java backend, which drops parameters (CVE-2026-73511); others trim spaces
+		name, _, _ := strings.Cut(segment, ";")
+		if name = strings.TrimSpace(name); name == "." || name == ".." {
 			return badPath
 		}
 		if segment == "" && start > 0 && i < len(decoded) {

@@ -402,7 +402,7 @@ func TestReadmeMetrics(t *testing.T) {
 	registry := prometheus.NewRegistry()
 	descriptions := make(chan *prometheus.Desc, 100)
 	for _, c := range []prometheus.Collector{
-		metrics.requests, metrics.inFlight, metrics.decisions, metrics.keys, metrics.keyFileOK,
+		metrics.requests, metrics.inFlight, metrics.decisions, keyGauges{},
 	} {
 		registry.MustRegister(c)
 	}

@@ -45,7 +45,7 @@ const logEncoderName = "zejzl"
 type LogEncoder struct {
 	// The encoder that writes the entries after they are cleaned. Default:
 	// `{"format": "json"}`, or `{"format": "console"}` if the log goes to a
-	// terminal.
+	// terminal. Example: `{"format": "json", "time_format": "rfc3339"}`.
 	WrappedRaw json.RawMessage `json:"wrap,omitempty" caddy:"namespace=caddy.logging.encoders inline_key=format"`
 
 	cleanObject `json:"-"` // takes the fields of With, into wrapped

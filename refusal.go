@@ -185,7 +185,13 @@ type refusal struct {
 	err    error         // what failed behind the guard; never shown to the caller
 }
 
-func refuse(why reason) *refusal { return &refusal{status: wordings[why].status, reason: why} }
+func refuse(why reason) *refusal {
+	f := &refusal{status: wordings[why].status, reason: why}
+	if why == reasonConcurrencyLimited || why == reasonStarting {
+		f.wait = time.Second // nobody knows when a request will end
+	}
+	return f
+}
 
 // Error implements error.
 func (f *refusal) Error() string { return string(f.reason) }
@@ -244,7 +250,7 @@ func (f *refusal) setHeaders(h http.Header) {
 			h["X-Should-Retry"] = []string{"false"}
 		}
 	case reasonConcurrencyLimited, reasonStarting:
-		h["Retry-After"] = []string{"1"}
+		h["Retry-After"] = []string{strconv.FormatInt(ceilSeconds(f.wait), 10)}
 	}
 	h["Cache-Control"] = []string{"no-store"}
 }
@@ -268,7 +274,7 @@ func (f *refusal) body(d dialect, requestID string) ([]byte, string) {
 		if f.status == http.StatusGatewayTimeout {
 			detail.Status = "DEADLINE_EXCEEDED"
 		}
-		if f.reason == reasonRateLimited {
+		if f.status == http.StatusTooManyRequests {
 			delay := strconv.FormatFloat(ceilTo(f.wait, time.Millisecond).Seconds(), 'f', -1, 64) + "s"
 			detail.Details = []retryInfo{{"type.googleapis.com/google.rpc.RetryInfo", delay}}
 		}

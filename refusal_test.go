@@ -102,6 +102,9 @@ func TestRefusalBodies(t *testing.T) {
 			retry = `,"details":[{"@type":"type.googleapis.com/google.rpc.RetryInfo","retryDelay":"34.4s"}]`
 			violated = `,"violated-policies":["1m"]`
 		}
+		if why == reasonConcurrencyLimited {
+			retry = `,"details":[{"@type":"type.googleapis.com/google.rpc.RetryInfo","retryDelay":"1s"}]`
+		}
 		problemType, title := "about:blank", http.StatusText(want.status)
 		if why == reasonRateLimited {
 			problemType, title = "https://iana.org/assignments/http-problem-types#quota-exceeded", "Rate limit exceeded"

@@ -28,8 +28,12 @@ type response struct {
 // WriteHeader implements http.ResponseWriter. 101 ends the HTTP exchange, so
 // it is final although it is informational.
 func (w *response) WriteHeader(status int) {
-	if !w.committed && (status >= http.StatusOK || status == http.StatusSwitchingProtocols) {
+	switch {
+	case w.committed:
+	case status >= http.StatusOK || status == http.StatusSwitchingProtocols:
 		w.commit()
+	default:
+		w.dropBackendHeaders(w.Header())
 	}
 	w.ResponseWriter.WriteHeader(status)
 }

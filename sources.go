@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -24,11 +25,12 @@ const (
 
 // Source is where keys come from.
 type Source struct {
-	// The kind of source, env or file. Required.
+	// The kind of source, env or file. Required. Example: `"file"`.
 	Source string `json:"source"`
 
 	// For env: every variable whose name starts so holds a key, as
 	// `<secret or sha256:hex>:<tier>[:<name>]`. Default: `"ZEJZL_API_KEY_"`.
+	// Example: `"CHAT_KEY_"`.
 	Prefix string `json:"prefix,omitempty"`
 
 	// For file: the path of a key file, relative to the working directory.
@@ -45,8 +47,12 @@ func (a *App) provisionSource(s Source) error {
 		if s.Prefix == "" {
 			s.Prefix = defaultEnvPrefix
 		}
-		located, err := key.ParseEnv(os.Environ(), s.Prefix)
-		a.stated = append(a.stated, located...)
+		prefix, err := caddy.NewReplacer().ReplaceOrErr(s.Prefix, true, true)
+		if err != nil {
+			return fmt.Errorf("prefix: %w", err)
+		}
+		located, err := key.ParseEnv(os.Environ(), prefix)
+		a.env = append(a.env, located...)
 		return err
 	case sourceFile:
 		if s.Prefix != "" {
@@ -66,36 +72,20 @@ func (a *App) provisionFile(path string) error {
 		return errors.New("path: expected the path of a key file")
 	}
 	f := &keyFile{path: path}
-	records, err := f.read()
-	if err != nil {
-		return err
-	}
-	f.use(records)
+	f.read()
 	a.files = append(a.files, f)
-	return nil
+	return f.err
 }
 
 func isHash(s string) bool { return strings.HasPrefix(s, "sha256:") }
 
-// digestOf takes a secret or its sha256: form. Errors never tell it.
-func digestOf(s string) (key.Digest, error) {
-	if isHash(s) {
-		return key.ParseDigest(s)
-	}
-	if err := key.ValidateSecret(s); err != nil {
-		return key.Digest{}, err
-	}
-	return key.Sum(s), nil
-}
-
-// keyFile is a file of keys, and what of it is in use.
+// keyFile is a file of keys, as it was last read.
 type keyFile struct {
 	path    string
-	info    os.FileInfo  // as it was last read; nil: it could not be
+	info    os.FileInfo  // nil: it could not be opened
 	settled bool         // it will not change again under the same time stamp
-	records []key.Record // last good ones
-	count   int          // of records in use
-	failed  bool         // it went bad after it was good
+	records []key.Record // the last good ones
+	err     error        // why those are not what the file holds
 }
 
 // pollInterval is how soon a changed key file is noticed. Polling sees what
@@ -116,24 +106,30 @@ func (f *keyFile) differs() bool {
 	return !os.SameFile(info, f.info) || info.Size() != f.info.Size() || !info.ModTime().Equal(f.info.ModTime())
 }
 
-// read parses the file and remembers which version of it that was.
-func (f *keyFile) read() ([]key.Record, error) {
+// read parses the file and remembers which version of it that was. If it is
+// bad, its last good records stay.
+func (f *keyFile) read() {
+	var records []key.Record
+	if records, f.err = f.parse(); f.err == nil {
+		f.records = records
+	}
+}
+
+func (f *keyFile) parse() ([]key.Record, error) {
 	f.info, f.settled = nil, true
-	info, err := os.Stat(f.path)
+	file, err := os.OpenFile(f.path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe would wait for its other end
 	if err != nil {
-		return nil, fmt.Errorf("key file: %w", err)
-	}
-	f.info = info
-	if !info.Mode().IsRegular() { // opening a pipe would wait for its other end
-		return nil, fmt.Errorf("key file %s: expected a regular file", f.path)
-	}
-	file, err := os.Open(f.path)
-	if err != nil {
-		f.settled = false // differs does not see permissions change
 		return nil, fmt.Errorf("key file: %w", err)
 	}
 	defer file.Close()
-	f.settled = time.Since(info.ModTime()) > settleTime
+	info, err := file.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("key file: %w", err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("key file %s: expected a regular file", f.path)
+	}
+	f.info, f.settled = info, time.Since(info.ModTime()).Abs() > settleTime
 	records, err := key.ParseFile(bufio.NewReaderSize(file, 1<<20))
 	if err != nil {
 		return nil, fmt.Errorf("key file %s: %w", f.path, err)
@@ -141,17 +137,9 @@ func (f *keyFile) read() ([]key.Record, error) {
 	return records, nil
 }
 
-func (f *keyFile) use(records []key.Record) {
-	f.records, f.count, f.failed = records, len(records), false
-}
-
 // pollFiles keeps the keyring as the key files say until ctx ends.
 func (a *App) pollFiles(ctx context.Context) {
-	defer close(a.pollDone)
-	// Records are kept only to be joined with those of another file that changes.
-	if len(a.files) == 1 {
-		a.files[0].records = nil
-	}
+	a.forgetRecords()
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
 	for {
@@ -159,49 +147,68 @@ func (a *App) pollFiles(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
-			for _, f := range a.files {
-				if differs := f.differs(); differs || !f.settled {
-					a.reload(f, differs)
-				}
-			}
+			a.pollOnce()
 		}
 	}
 }
 
-// reload puts a key file in use again. If it is bad, its last good keys stay.
-func (a *App) reload(f *keyFile, differs bool) {
-	last, count, failed := f.records, f.count, f.failed
-	records, err := f.read()
-	if err == nil {
-		f.use(records)
-		var set *key.Set
-		var keys []*key.Key
-		if set, keys, err = a.assemble(); err == nil {
-			a.keyring.Replace(set, keys)
-		}
-	}
-	if err != nil {
-		f.records, f.count, f.failed = last, count, true
-		if !failed || differs {
-			a.logger.Error("key file went bad: its last good keys stay in use", zap.Error(err))
-		}
-	} else if failed || differs {
-		a.logger.Info("key file loaded", zap.String("path", f.path), zap.Int("keys", f.count))
-	}
-	if len(a.files) == 1 {
-		f.records = nil
-	}
-	a.reportFiles()
-}
-
-func (a *App) reportFiles() {
-	ok, total := 1.0, 0
+// pollOnce reads the key files that changed and puts them all in use at once:
+// a key that moves from one file to another is in both or neither for a while.
+func (a *App) pollOnce() {
+	read, changed := false, false
 	for _, f := range a.files {
-		total += f.count
-		if f.failed {
-			ok = 0
+		differs := f.differs()
+		if differs || !f.settled {
+			f.read()
+			read = true
+		}
+		changed = changed || differs
+	}
+	if read {
+		a.useFiles(changed)
+		a.forgetRecords()
+	}
+}
+
+// useFiles puts the last good records of every file in use, unless they
+// contradict each other or another source: then what was in use stays.
+func (a *App) useFiles(changed bool) {
+	var errs []error
+	for _, f := range a.files {
+		if f.err != nil {
+			errs = append(errs, f.err)
 		}
 	}
-	metrics.keyFileOK.Set(ok)
-	metrics.keys.WithLabelValues(sourceFile).Set(float64(total))
+	state := *a.keyState.Load()
+	// One file that is bad has no new records, and its last good ones may be forgotten.
+	if len(a.files) > 1 || len(errs) == 0 {
+		set, keys, assembled, err := a.assemble()
+		if err == nil {
+			a.keyring.Replace(set, keys)
+			sweepZones(monotonicTick(), set.Has)
+			state = assembled
+		} else {
+			errs = append(errs, err)
+		}
+	}
+	err := firstErrors(errs)
+	state.failed = err != nil
+	a.keyState.Store(&state)
+	switch {
+	case err == nil:
+		if changed || a.lastError != "" {
+			a.logger.Info("key files loaded", zap.Int("keys", state.file))
+		}
+		a.lastError = ""
+	case err.Error() != a.lastError:
+		a.lastError = err.Error()
+		a.logger.Error("a key file went bad: the last good keys stay in use", zap.Error(err))
+	}
+}
+
+// forgetRecords frees what is only needed to join a file with others.
+func (a *App) forgetRecords() {
+	if len(a.files) == 1 {
+		a.files[0].records = nil
+	}
 }

@@ -7,11 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
@@ -78,6 +78,8 @@ func TestSourceErrors(t *testing.T) {
 		{Source{Source: "file", Path: dir}, []string{"key file " + dir + ": expected a regular file"}},
 		{Source{Source: "file", Path: bad}, []string{"key file " + bad + ": ", "sha256"}},
 		{Source{Source: "file", Path: unknown}, []string{"key file " + unknown + ": keys[0]: unknown tier, expected one of enterprise, free, pro"}},
+		{Source{Source: "env", Prefix: "{env.ZEJZL_TEST_EMPTY}"}, []string{"sources[0]: prefix: ", "ZEJZL_TEST_EMPTY"}},
+		{Source{Source: "env", Prefix: "{env.ZEJZL_TEST_UNSET}"}, []string{"sources[0]: prefix: ", "ZEJZL_TEST_UNSET"}},
 		{Source{Source: "env", Prefix: "ZEJZL_TEST_BAD_"}, []string{"environment variable ZEJZL_TEST_BAD_A: expected", "environment variable ZEJZL_TEST_BAD_B: expected a tier"}},
 		{Source{Source: "env", Prefix: "ZEJZL_TEST_TIER_"}, []string{"environment variable ZEJZL_TEST_TIER_A: unknown tier, expected one of"}},
 	} {
@@ -109,7 +111,8 @@ func TestSources(t *testing.T) {
 	if got, want := ids(app, env, foreign, filed), key.Sum(env).ID()+"/CI: runner/pro"; got != want {
 		t.Errorf("by default: %s, want %s", got, want)
 	}
-	app = provisionedApp(t, &App{Sources: []Source{{Source: "env", Prefix: "MINE_"}, {Source: "file", Path: "{env.ZEJZL_TEST_FILE}"}}})
+	t.Setenv("ZEJZL_TEST_PREFIX", "MINE")
+	app = provisionedApp(t, &App{Sources: []Source{{Source: "env", Prefix: "{env.ZEJZL_TEST_PREFIX}_"}, {Source: "file", Path: "{env.ZEJZL_TEST_FILE}"}}})
 	if got, want := ids(app, env, foreign, filed), key.Sum(foreign).ID()+"//enterprise k_1/key 0/pro"; got != want {
 		t.Errorf("with a list: %s, want %s", got, want)
 	}
@@ -135,20 +138,19 @@ func TestContradictions(t *testing.T) {
 	app := provisionedApp(t, &App{Sources: []Source{{Source: "file", Path: path}}})
 	guard := func(k ...GuardKey) error {
 		g := &Guard{Keys: k, Zone: t.Name()}
-		err := g.provision(app.ctx, app)
-		_ = g.Cleanup()
-		return err
+		return g.provision(app.ctx, app)
 	}
 	if err := guard(GuardKey{digest, "pro", "key 0"}, GuardKey{digest, "pro", "key 0"}); err != nil {
 		t.Errorf("the same key in a guard: %v", err)
 	}
 	mustNotTell(t, guard(GuardKey{digest, "free", "key 0"}), secrets,
-		"key file "+path+": keys[0] and zejzl_auth guard 2: keys[0] state the same secret with a different tier")
+		"key file "+path+": keys[0] and zejzl_auth key \"key 0\" state the same secret with a different tier")
 	other := key.Sum(secretOf("other")).String()
 	if err := guard(GuardKey{other, "pro", "a"}); err != nil {
 		t.Fatal(err)
 	}
-	mustNotTell(t, guard(GuardKey{other, "pro", "a"}, GuardKey{other, "pro", "b"}), nil, "guard 3: keys[0] and zejzl_auth guard 4: keys[1]")
+	mustNotTell(t, guard(GuardKey{other, "pro", "a"}, GuardKey{other, "pro", "b"}), nil,
+		`zejzl_auth key "a" and zejzl_auth key "b" state the same secret with a different name`)
 	mustNotTell(t, guard(GuardKey{other, "nosuch", "a"}, GuardKey{literalSecret, "pro", ""}), secrets,
 		"keys[0]: unknown tier, expected one of enterprise, free, pro", "keys[1]: secret: expected sha256:")
 }
@@ -161,12 +163,22 @@ type reloading struct {
 }
 
 func newReloading(t *testing.T, paths ...string) *reloading {
-	app := new(App)
+	t.Helper()
+	var sources []Source
 	for _, path := range paths {
-		settle(t, path, time.Now().Add(-time.Hour))
-		app.Sources = append(app.Sources, Source{Source: "file", Path: path})
+		sources = append(sources, Source{Source: "file", Path: path})
 	}
-	provisionedApp(t, app)
+	return newReloadingFrom(t, sources...)
+}
+
+func newReloadingFrom(t *testing.T, sources ...Source) *reloading {
+	t.Helper()
+	for _, source := range sources {
+		if source.Path != "" {
+			settle(t, source.Path, time.Now().Add(-time.Hour))
+		}
+	}
+	app := provisionedApp(t, &App{Sources: sources})
 	r := &reloading{App: app, t: t}
 	var core zapcore.Core
 	core, r.logs = observer.New(zapcore.InfoLevel)
@@ -183,11 +195,7 @@ func settle(t *testing.T, path string, at time.Time) {
 
 // poll does what one tick of pollFiles does, and returns what was logged.
 func (r *reloading) poll() string {
-	for _, f := range r.files {
-		if differs := f.differs(); differs || !f.settled {
-			r.reload(f, differs)
-		}
-	}
+	r.pollOnce()
 	var lines []string
 	for _, entry := range r.logs.TakeAll() {
 		lines = append(lines, entry.Message)
@@ -214,8 +222,8 @@ func (r *reloading) has(secret string) bool {
 }
 
 const (
-	fileLoaded = "key file loaded"
-	fileBad    = "key file went bad: its last good keys stay in use"
+	fileLoaded = "key files loaded"
+	fileBad    = "a key file went bad: the last good keys stay in use"
 )
 
 func TestKeyFileReload(t *testing.T) {
@@ -223,7 +231,7 @@ func TestKeyFileReload(t *testing.T) {
 	path := writeKeyFile(t, keysJSON(a))
 	r := newReloading(t, path)
 	past := time.Now().Add(-time.Minute)
-	step := func(what, wantLog string, wantA, wantB bool, wantOK float64) {
+	step := func(what, wantLog string, wantA, wantB, wantOK bool) {
 		t.Helper()
 		if got := r.poll(); got != wantLog {
 			t.Errorf("%s: logged %q, want %q", what, got, wantLog)
@@ -231,22 +239,26 @@ func TestKeyFileReload(t *testing.T) {
 		if r.has(a) != wantA || r.has(b) != wantB {
 			t.Errorf("%s: keys %v %v", what, r.has(a), r.has(b))
 		}
-		if wantLog == "" {
-			return
+		want := keyState{failed: !wantOK}
+		for _, has := range []bool{wantA, wantB} {
+			if has {
+				want.file++
+			}
 		}
-		if got := testutil.ToFloat64(metrics.keyFileOK); got != wantOK {
-			t.Errorf("%s: key_file_ok %v", what, got)
+		if got := *r.keyState.Load(); got != want {
+			t.Errorf("%s: the metrics say %+v, want %+v", what, got, want)
+		}
+		if r.files[0].records != nil {
+			t.Errorf("%s: the records are kept", what)
 		}
 	}
-	step("unchanged", "", true, false, 1)
+	r.forgetRecords() // as pollFiles does first
+	step("unchanged", "", true, false, true)
 	r.write(path, keysJSON(a, b), past)
-	step("another key", fileLoaded, true, true, 1)
-	if got := testutil.ToFloat64(metrics.keys.WithLabelValues("file")); got != 2 {
-		t.Errorf("keys gauge %v", got)
-	}
+	step("another key", fileLoaded, true, true, true)
 	kept, _ := r.keyring.Lookup(key.Sum(a))
 	settle(t, path, past.Add(time.Second))
-	step("touched", fileLoaded, true, true, 1)
+	step("touched", fileLoaded, true, true, true)
 	if now, _ := r.keyring.Lookup(key.Sum(a)); now.Key != kept.Key {
 		t.Error("a key that says the same is another one")
 	}
@@ -256,24 +268,21 @@ func TestKeyFileReload(t *testing.T) {
 	} {
 		r.write(path, content, past)
 		past = past.Add(time.Millisecond)
-		step("bad: "+content, fileBad, true, true, 0)
-		step("still bad", "", true, true, 0)
-	}
-	if got := testutil.ToFloat64(metrics.keys.WithLabelValues("file")); got != 2 {
-		t.Errorf("keys gauge %v", got)
+		step("bad: "+content, fileBad, true, true, false)
+		step("still bad", "", true, true, false)
 	}
 	r.write(path, keysJSON(b), past)
-	step("good again", fileLoaded, false, true, 1)
+	step("good again", fileLoaded, false, true, true)
 
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	step("gone", fileBad, false, true, 0)
-	step("still gone", "", false, true, 0)
+	step("gone", fileBad, false, true, false)
+	step("still gone", "", false, true, false)
 	r.write(path, keysJSON(b), past)
-	step("back, the same", fileLoaded, false, true, 1)
+	step("back, the same", fileLoaded, false, true, true)
 	r.write(path, `{"keys": []}`, past)
-	step("emptied on purpose", fileLoaded, false, false, 1)
+	step("emptied on purpose", fileLoaded, false, false, true)
 }
 
 // What can't be read at all is tried again each second, and told once.
@@ -289,6 +298,20 @@ func TestKeyFileNotReadable(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { l.Close() })
+		},
+		"pipe": func() { // opened as a file is, it would hold up the poll for good
+			if err := syscall.Mkfifo(path, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"not permitted": func() {
+			if os.Getuid() == 0 {
+				_ = os.Mkdir(path, 0o700) // to root all is permitted
+				return
+			}
+			if err := os.WriteFile(path, []byte(keysJSON(secret)), 0); err != nil {
+				t.Fatal(err)
+			}
 		},
 	} {
 		if err := os.Remove(path); err != nil {
@@ -332,11 +355,9 @@ func TestKeyFileSymlinkSwapped(t *testing.T) {
 	}
 	r := newReloading(t)
 	f := &keyFile{path: link}
-	records, err := f.read()
-	if err != nil || !f.settled || f.differs() {
-		t.Fatalf("%v, settled %v, differs %v", err, f.settled, f.differs())
+	if f.read(); f.err != nil || !f.settled || f.differs() {
+		t.Fatalf("%v, settled %v, differs %v", f.err, f.settled, f.differs())
 	}
-	f.use(records)
 	r.files = append(r.files, f)
 	if err := os.Symlink("b", link+".new"); err != nil {
 		t.Fatal(err)
@@ -371,23 +392,250 @@ func TestKeyFileUnsettled(t *testing.T) {
 	}
 }
 
-// A file that is good by itself must not contradict the other sources.
+// A file that is good by itself must not contradict the other sources. Until
+// it is mended, what was in use stays, and it is told once, however often the
+// files are read again.
 func TestKeyFileContradictsAtReload(t *testing.T) {
-	a, b := key.Generate(), key.Generate()
+	a, b, c := key.Generate(), key.Generate(), key.Generate()
 	first, second := writeKeyFile(t, keysJSON(a)), writeKeyFile(t, keysJSON(b))
 	r := newReloading(t, first, second)
-	past := time.Now().Add(-time.Minute)
-	r.write(second, strings.Replace(keysJSON(a), "key 0", "another", 1), past)
-	if got := r.poll(); got != fileBad || !r.has(a) || !r.has(b) {
-		t.Errorf("logged %q, keys %v %v", got, r.has(a), r.has(b))
+	step := func(what, wantLog string, wantB, wantC bool) {
+		t.Helper()
+		if got := r.poll(); got != wantLog {
+			t.Errorf("%s: logged %q, want %q", what, got, wantLog)
+		}
+		if !r.has(a) || r.has(b) != wantB || r.has(c) != wantC {
+			t.Errorf("%s: keys %v %v %v", what, r.has(a), r.has(b), r.has(c))
+		}
+		if got := r.keyState.Load(); got.failed == (wantB != wantC) || got.file != 2 {
+			t.Errorf("%s: the metrics say %+v", what, got)
+		}
 	}
-	c := key.Generate()
-	r.write(first, keysJSON(a, c), past)
-	if got := r.poll(); got != fileLoaded || !r.has(a) || !r.has(b) || !r.has(c) {
+	step("before", "", true, false)
+	r.write(second, strings.Replace(keysJSON(a), "key 0", "another", 1), time.Now()) // not settled: it is read at each tick
+	if got := r.poll(); got != fileBad {
+		t.Errorf("logged %q", got)
+	}
+	for range 3 {
+		if got := r.poll(); got != "" || !r.has(a) || !r.has(b) || !r.keyState.Load().failed {
+			t.Errorf("still: logged %q, keys %v %v, metrics %+v", got, r.has(a), r.has(b), r.keyState.Load())
+		}
+	}
+	r.write(second, keysJSON(c), time.Now().Add(-time.Minute))
+	step("mended", fileLoaded, false, true)
+	step("after", "", false, true)
+}
+
+// One bad file does not keep another one's changes from being used.
+func TestOneBadFileOfTwo(t *testing.T) {
+	a, b, c := key.Generate(), key.Generate(), key.Generate()
+	bad, good := writeKeyFile(t, keysJSON(a)), writeKeyFile(t, keysJSON(b))
+	r := newReloading(t, bad, good)
+	past := time.Now().Add(-time.Minute)
+	r.write(bad, "{", past)
+	r.write(good, keysJSON(c), past)
+	if got := r.poll(); got != fileBad || !r.has(a) || r.has(b) || !r.has(c) {
 		t.Errorf("logged %q, keys %v %v %v", got, r.has(a), r.has(b), r.has(c))
 	}
-	if got := testutil.ToFloat64(metrics.keyFileOK); got != 0 {
-		t.Errorf("key_file_ok %v while one is bad", got)
+	r.write(good, keysJSON(b, c), past)
+	if got := r.poll(); got != "" || !r.has(a) || !r.has(b) || !r.has(c) {
+		t.Errorf("while one is bad: logged %q, keys %v %v %v", got, r.has(a), r.has(b), r.has(c))
+	}
+	if got, want := *r.keyState.Load(), (keyState{file: 3, failed: true}); got != want {
+		t.Errorf("the metrics say %+v, want %+v", got, want)
+	}
+	r.write(bad, keysJSON(a), past.Add(time.Second))
+	if got := r.poll(); got != fileLoaded || *r.keyState.Load() != (keyState{file: 3}) {
+		t.Errorf("mended: logged %q, metrics %+v", got, r.keyState.Load())
+	}
+}
+
+// tierOfSecret is the tier of the key that a secret opens, empty if it opens none.
+func (r *reloading) tierOfSecret(secret string) string {
+	entry, ok := r.keyring.Lookup(key.Sum(secret))
+	if !ok {
+		return ""
+	}
+	return entry.Key.Tier
+}
+
+func inTier(tier, keys string) string { return strings.ReplaceAll(keys, `"pro"`, `"`+tier+`"`) }
+
+// What is written to several files takes effect at once, also if a tick comes
+// between: a contradiction is no reason to lose the key.
+func TestKeyInTwoFiles(t *testing.T) {
+	a := key.Generate()
+	both, none := keysJSON(a), `{"keys": []}`
+	for name, c := range map[string]struct {
+		first, second       string // at the start
+		newFirst, newSecond string
+		want                string // tier in the end
+		between             [2]string
+		logged              [2]string
+	}{
+		// between: the tier after one of the files is written, the first or the second
+		"changes its tier":        {both, both, inTier("free", both), inTier("free", both), "free", [2]string{"pro", "pro"}, [2]string{fileBad, fileBad}},
+		"moves with a new tier":   {both, none, none, inTier("free", both), "free", [2]string{"", "pro"}, [2]string{fileLoaded, fileBad}},
+		"moves as it is":          {both, none, none, both, "pro", [2]string{"", "pro"}, [2]string{fileLoaded, fileLoaded}},
+		"moves back, a new tier":  {none, both, inTier("free", both), none, "free", [2]string{"pro", ""}, [2]string{fileBad, fileLoaded}},
+		"leaves one of the files": {both, both, none, both, "pro", [2]string{"pro", "pro"}, [2]string{fileLoaded, fileLoaded}},
+	} {
+		for order := range 2 {
+			for _, tickBetween := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s/order %d/%t", name, order, tickBetween), func(t *testing.T) {
+					paths := [2]string{writeKeyFile(t, c.first), writeKeyFile(t, c.second)}
+					contents := [2]string{c.newFirst, c.newSecond}
+					r := newReloading(t, paths[:]...)
+					past := time.Now().Add(-time.Minute)
+					r.write(paths[order], contents[order], past)
+					if tickBetween {
+						if got := r.poll(); got != c.logged[order] || r.tierOfSecret(a) != c.between[order] {
+							t.Errorf("between: logged %q, tier %q; want %q, %q", got, r.tierOfSecret(a), c.logged[order], c.between[order])
+						}
+					}
+					r.write(paths[1-order], contents[1-order], past)
+					if got := r.poll(); got != fileLoaded || r.tierOfSecret(a) != c.want {
+						t.Errorf("in the end: logged %q, tier %q, want %q", got, r.tierOfSecret(a), c.want)
+					}
+					if got := *r.keyState.Load(); got != (keyState{file: 1}) {
+						t.Errorf("the metrics say %+v", got)
+					}
+					if got := r.poll(); got != "" {
+						t.Errorf("afterwards: logged %q", got)
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestOneFileListedTwice(t *testing.T) {
+	a, b := key.Generate(), key.Generate()
+	path := writeKeyFile(t, keysJSON(a))
+	r := newReloading(t, path, path)
+	if got := *r.keyState.Load(); got != (keyState{file: 1}) {
+		t.Errorf("at the start: %+v", got)
+	}
+	past := time.Now().Add(-time.Minute)
+	for i, content := range []string{inTier("free", keysJSON(a, b)), keysJSON(b)} {
+		r.write(path, content, past.Add(time.Duration(i)*time.Second))
+		if got := r.poll(); got != fileLoaded || !r.has(b) || r.has(a) != (i == 0) || r.keyState.Load().file != 2-i {
+			t.Errorf("change %d: logged %q, keys %v %v, metrics %+v", i, got, r.has(a), r.has(b), r.keyState.Load())
+		}
+	}
+}
+
+// Records are kept only to be joined with those of another file.
+func TestRecordsAreForgotten(t *testing.T) {
+	content := keysJSON(key.Generate())
+	one, two := newReloading(t, writeKeyFile(t, content)), newReloading(t, writeKeyFile(t, content), writeKeyFile(t, content))
+	for i := range 2 {
+		one.forgetRecords()
+		two.forgetRecords()
+		if one.files[0].records != nil || len(two.files[0].records) != 1 || len(two.files[1].records) != 1 {
+			t.Errorf("tick %d: %v, %v, %v", i, one.files[0].records, two.files[0].records, two.files[1].records)
+		}
+		settle(t, one.files[0].path, time.Unix(1e9, 0))
+		settle(t, two.files[0].path, time.Unix(1e9, 0))
+		one.poll()
+		two.poll()
+	}
+}
+
+// A clock that is wrong on the host that wrote the file is no reason to read
+// it at each tick.
+func TestKeyFileOfTheFuture(t *testing.T) {
+	a := key.Generate()
+	path := writeKeyFile(t, keysJSON(key.Generate()))
+	r := newReloading(t, path)
+	future := time.Now().Add(time.Hour)
+	r.write(path, keysJSON(a), future)
+	if got := r.poll(); got != fileLoaded || !r.has(a) || !r.files[0].settled {
+		t.Fatalf("logged %q, key %v, settled %v", got, r.has(a), r.files[0].settled)
+	}
+	read := r.files[0].info
+	for range 3 {
+		if r.poll(); r.files[0].info != read {
+			t.Error("the file was read again")
+		}
+	}
+	r.write(path, keysJSON(a, key.Generate()), future)
+	if got := r.poll(); got != fileLoaded {
+		t.Errorf("after a change: logged %q", got)
+	}
+}
+
+// statedTwice is a key of two secrets with rules about time, as a file states it.
+func statedTwice(rules, secretRules string, secrets ...string) string {
+	var list []string
+	for i, secret := range secrets {
+		if i > 0 {
+			secretRules = ""
+		}
+		list = append(list, fmt.Sprintf(`{"hash": %q%s}`, key.Sum(secret), secretRules))
+	}
+	return `{"keys": [{"id": "k_filed", "name": "key 0", "tier": "pro"` + rules + `, "secrets": [` + strings.Join(list, ",") + `]}]}`
+}
+
+// What a file ends is ended, wherever else the key is stated: revoking in one
+// place must be enough.
+func TestFileEndsWhatOtherSourcesState(t *testing.T) {
+	a, b := key.Generate(), key.Generate()
+	const past, future = `"2020-01-01T00:00:00Z"`, `"2040-01-01T00:00:00Z"`
+	stated := map[string]func(path string) (*reloading, *rig){
+		"guard": func(path string) (*reloading, *rig) {
+			r := newReloading(t, path)
+			return r, newRigIn(t, r.App, &Guard{Keys: []GuardKey{{key.Sum(a).String(), "pro", "key 0"}}, Zone: path})
+		},
+		"environment": func(path string) (*reloading, *rig) {
+			t.Setenv("ZEJZL_TEST_TWICE_A", a+":pro:key 0")
+			r := newReloadingFrom(t, Source{Source: "file", Path: path}, Source{Source: "env", Prefix: "ZEJZL_TEST_TWICE_"})
+			return r, newRigIn(t, r.App, &Guard{Zone: path})
+		},
+	}
+	for name, state := range stated {
+		for what, c := range map[string]struct {
+			content      string
+			wantA, wantB int
+		}{
+			"no rule":        {statedTwice("", "", a, b), 200, 200},
+			"revoked":        {statedTwice(`, "revoked_at": `+past, "", a, b), 401, 401},
+			"revoked later":  {statedTwice(`, "revoked_at": `+future, "", a, b), 200, 200},
+			"expired":        {statedTwice(`, "expires_at": `+past, "", a, b), 401, 401},
+			"not yet":        {statedTwice(`, "not_before": `+future, "", a, b), 401, 401},
+			"since long":     {statedTwice(`, "not_before": `+past, "", a, b), 200, 200},
+			"secret ended":   {statedTwice("", `, "not_after": `+past, a, b), 401, 200},
+			"secret removed": {statedTwice("", "", a), 200, 401},
+			"key removed":    {`{"keys": []}`, 200, 401}, // it stays what the other place says
+		} {
+			t.Run(name+"/"+what, func(t *testing.T) {
+				call := func(g *rig, secret string) int {
+					resp, err := g.serve(newRequest("GET", "/x", "X-Api-Key", secret), respondOK)
+					if err != nil {
+						t.Fatal(err)
+					}
+					return resp.StatusCode
+				}
+				check := func(when string, g *rig) {
+					t.Helper()
+					if gotA, gotB := call(g, a), call(g, b); gotA != c.wantA || gotB != c.wantB {
+						t.Errorf("%s: %d and %d, want %d and %d", when, gotA, gotB, c.wantA, c.wantB)
+					}
+				}
+				_, g := state(writeKeyFile(t, c.content))
+				check("at the start", g)
+				path := writeKeyFile(t, statedTwice("", "", a, b))
+				r, g := state(path)
+				if gotA, gotB := call(g, a), call(g, b); gotA != 200 || gotB != 200 {
+					t.Fatalf("before: %d and %d", gotA, gotB)
+				}
+				r.write(path, c.content, time.Now().Add(-time.Minute))
+				if got := r.poll(); got != fileLoaded {
+					t.Errorf("logged %q", got)
+				}
+				check("after a change of the file", g)
+			})
+		}
 	}
 }
 
@@ -410,5 +658,30 @@ func TestKeyFileWatcher(t *testing.T) {
 			t.Fatal(err)
 		}
 		g.must(t, http.StatusOK, newRequest("GET", "/x", "X-Api-Key", b), respondOK) // requests under way
+	})
+}
+
+// A poll that hangs, as on a dead file system, does not hold up Stop.
+func TestStopDoesNotWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := writeKeyFile(t, keysJSON(key.Generate()))
+		r := newReloading(t, path)
+		hangs := make(chan struct{})
+		reached := false
+		core, _ := observer.New(zapcore.InfoLevel)
+		r.logger = zap.New(core, zap.Hooks(func(zapcore.Entry) error {
+			reached = true
+			<-hangs
+			return nil
+		}))
+		started(t, r.App)
+		r.write(path, keysJSON(key.Generate()), time.Now().Add(-time.Minute))
+		time.Sleep(1100 * time.Millisecond)
+		synctest.Wait()
+		if !reached {
+			t.Fatal("the poll does not hang")
+		}
+		stopped(t, r.App)
+		close(hangs)
 	})
 }

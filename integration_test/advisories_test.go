@@ -252,7 +252,7 @@ http://:PORT1 {
 			}
 			for _, line := range []string{"POST /api/chat", "GET /api/status", "POST /open"} {
 				for _, key := range []string{"X-API-Key: " + a.k, "X-API-Key: unknown"} {
-					r := g.ask(t, line, forged, key, "Connection: close, "+name)
+					r := g.ask(t, line, forged, key)
 					if r.StatusCode == 401 {
 						g.none(t)
 						continue

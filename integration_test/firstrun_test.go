@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -18,9 +19,9 @@ import (
 	"time"
 )
 
-// startFirstRun builds Caddy as the README does and runs the example with it,
+// startFirstRun builds Caddy as the README does and runs a Caddyfile with it,
 // in development mode and in a home of its own.
-func startFirstRun(t *testing.T) *server {
+func startFirstRun(t *testing.T, caddyfile string) *server {
 	t.Helper()
 	dir := t.TempDir()
 	caddy := filepath.Join(t.TempDir(), "caddy")
@@ -29,20 +30,16 @@ func startFirstRun(t *testing.T) *server {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("building cmd/caddy: %v\n%s", err, out)
 	}
-	example, err := os.ReadFile("../example.Caddyfile")
-	if err != nil {
-		t.Fatal(err)
-	}
 	s := &server{t: t, dir: dir, admin: fmt.Sprintf("127.0.0.1:%d", freePort(t)), log: new(lockedBuffer), done: make(chan struct{})}
-	s.write("example.Caddyfile", string(example))
-	standIn, httpsPort := freePort(t), freePort(t)
-	s.cmd = exec.Command(caddy, "run", "--config", "example.Caddyfile")
+	s.write("first.Caddyfile", caddyfile)
+	httpsPort := freePort(t)
+	s.cmd = exec.Command(caddy, "run", "--config", "first.Caddyfile")
 	s.cmd.Dir = dir
 	s.cmd.Env = []string{
 		"HOME=" + dir, "XDG_DATA_HOME=" + dir + "/data", "XDG_CONFIG_HOME=" + dir + "/config", "PATH=" + os.Getenv("PATH"),
 		"ENVIRONMENT=development", "CADDY_ADMIN=" + s.admin,
 		fmt.Sprintf("ZEJZL_HTTP_PORT=%d", freePort(t)), fmt.Sprintf("ZEJZL_HTTPS_PORT=%d", httpsPort),
-		fmt.Sprintf("ZEJZL_STAND_IN_PORT=%d", standIn), fmt.Sprintf("AI_BACKEND=127.0.0.1:%d", standIn),
+		fmt.Sprintf("ZEJZL_STAND_IN_PORT=%d", freePort(t)),
 	}
 	s.cmd.Stdout, s.cmd.Stderr = s.log, s.log
 	if err := s.cmd.Start(); err != nil {
@@ -69,6 +66,7 @@ func startFirstRun(t *testing.T) *server {
 var (
 	curlLine  = regexp.MustCompile(`(?m)^\s+(curl .*)$`)
 	keyHeader = regexp.MustCompile(` -H '[^']*zejzl_[^']*'`)
+	sitePort  = regexp.MustCompile(` https://localhost:(\d+)/`)
 	keyShape  = regexp.MustCompile(`zejzl_[A-Za-z0-9_-]{32}`)
 )
 
@@ -102,17 +100,29 @@ func paste(t *testing.T, line string) outcome {
 	return got
 }
 
-func TestFirstRun(t *testing.T) {
-	t.Parallel()
-	s := startFirstRun(t)
+// printedLine is the curl line that the process printed.
+func (s *server) printedLine(t *testing.T) string {
+	t.Helper()
 	found := curlLine.FindStringSubmatch(s.log.String())
 	if found == nil {
 		t.Fatalf("no curl line in the output:\n%s", s.log.String())
 	}
-	line := found[1]
+	return found[1]
+}
+
+func TestFirstRun(t *testing.T) {
+	t.Parallel()
+	example, err := os.ReadFile("../example.Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := startFirstRun(t, string(example))
+	line := s.printedLine(t)
 	if strings.Contains(line, " -k") || strings.Contains(line, "--insecure") || !strings.Contains(line, "https://localhost:") {
 		t.Errorf("the curl line must ask for https://localhost and check the certificate: %s", line)
 	}
+
+	checkOnLoopbackOnly(t, line)
 
 	begin := time.Now()
 	first := paste(t, line)
@@ -163,6 +173,61 @@ func TestFirstRun(t *testing.T) {
 	}
 }
 
+// The line works as it stands for a guard that sees only part of a site, too.
+func TestFirstRunOfPartOfASite(t *testing.T) {
+	t.Parallel()
+	s := startFirstRun(t, `{
+	http_port {$ZEJZL_HTTP_PORT}
+	https_port {$ZEJZL_HTTPS_PORT}
+	skip_install_trust
+}
+
+*.localhost {
+	bind 127.0.0.1
+	zejzl_auth
+}
+
+localhost {
+	bind 127.0.0.1
+	handle /api/* {
+		zejzl_auth
+		respond "asked {http.request.uri.path}"
+	}
+	handle {
+		respond "the site"
+	}
+}
+`)
+	line := s.printedLine(t)
+	if got := paste(t, line); got.status != http.StatusOK || got.body != "asked /api/v1/chat/completions" {
+		t.Errorf("the printed line: status %d: %s", got.status, got.body)
+	}
+	if got := paste(t, keyHeader.ReplaceAllString(line, "")); got.status != http.StatusUnauthorized {
+		t.Errorf("without the key: status %d: %s", got.status, got.body)
+	}
+}
+
+// checkOnLoopbackOnly: a name that only this machine has keeps nobody else
+// out, who may say it to any address of the machine.
+func checkOnLoopbackOnly(t *testing.T, line string) {
+	t.Helper()
+	port := sitePort.FindStringSubmatch(line)
+	addrs, err := net.InterfaceAddrs()
+	if port == nil || err != nil {
+		t.Fatalf("no port in the line, or no addresses: %v", err)
+	}
+	for _, addr := range addrs {
+		ip := addr.(*net.IPNet).IP
+		if ip.IsLoopback() || ip.IsLinkLocalUnicast() {
+			continue
+		}
+		if conn, err := net.DialTimeout("tcp", net.JoinHostPort(ip.String(), port[1]), time.Second); err == nil {
+			conn.Close()
+			t.Errorf("the site can be reached at %s", ip)
+		}
+	}
+}
+
 func checkFirstAnswer(t *testing.T, got outcome) {
 	t.Helper()
 	if got.status != http.StatusOK || !strings.Contains(got.body, `"chat.completion"`) {
@@ -203,7 +268,7 @@ func checkFirstAnswer(t *testing.T, got outcome) {
 // forceReload loads the running Caddyfile again although nothing changed.
 func (s *server) forceReload(t *testing.T) {
 	t.Helper()
-	example, err := os.ReadFile(filepath.Join(s.dir, "example.Caddyfile"))
+	example, err := os.ReadFile(filepath.Join(s.dir, "first.Caddyfile"))
 	if err != nil {
 		t.Fatal(err)
 	}

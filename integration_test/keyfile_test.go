@@ -111,7 +111,7 @@ func TestColdStartWithManyKeysRefusesNoGoodKey(t *testing.T) {
 	}
 	// Caddy starts its apps in random order: some of these starts open the
 	// listener before the zejzl app is started.
-	for i := range 4 {
+	for i := range 3 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			port := freePort(t)
 			var stopped atomic.Bool
@@ -277,38 +277,37 @@ func TestBadKeyFileKeepsLastGoodKeys(t *testing.T) {
 	t.Parallel()
 	good := fileKey{name: "good", tier: "enterprise", secret: randomSecret()}
 	content := keyFileJSON(good)
-	s := startWithFile(t, content)
-	path := filepath.Join(s.dir, "keys.json")
-
 	tests := []struct {
 		name  string
-		spoil func() error
+		spoil func(path string) error
 	}{
-		{"truncated to nothing", func() error { return os.Truncate(path, 0) }},
-		{"half written", func() error { return os.Truncate(path, int64(len(content)/2)) }},
-		{"replaced by a directory", func() error {
+		{"truncated to nothing", func(path string) error { return os.Truncate(path, 0) }},
+		{"half written", func(path string) error { return os.Truncate(path, int64(len(content)/2)) }},
+		{"replaced by a directory", func(path string) error {
 			return errors.Join(os.Remove(path), os.Mkdir(path, 0o700))
 		}},
-		{"deleted", func() error { return os.RemoveAll(path) }},
-		{"unknown field", func() error {
+		{"deleted", func(path string) error { return os.RemoveAll(path) }},
+		{"unknown field", func(path string) error {
 			return os.WriteFile(path, []byte(strings.Replace(content, `"tier"`, `"Tier"`, 1)), 0o600)
 		}},
-		{"unknown tier", func() error {
+		{"unknown tier", func(path string) error {
 			return os.WriteFile(path, []byte(strings.Replace(content, `"enterprise"`, `"nosuchtier"`, 1)), 0o600)
 		}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			errorsBefore := s.errorLines()
+			t.Parallel()
+			s := startWithFile(t, content)
+			path := filepath.Join(s.dir, "keys.json")
 			if got := s.metricOK(); got != "1" {
 				t.Fatalf("zejzl_auth_key_file_ok is %s before", got)
 			}
-			if err := tt.spoil(); err != nil {
+			if err := tt.spoil(path); err != nil {
 				t.Fatal(err)
 			}
-			within(t, liveWithin, "an error line", func() bool { return s.errorLines() > errorsBefore })
+			within(t, liveWithin, "an error line", func() bool { return s.errorLines() > 0 })
 			time.Sleep(2200 * time.Millisecond) // two more polls must stay silent
-			if got := s.errorLines() - errorsBefore; got != 1 {
+			if got := s.errorLines(); got != 1 {
 				t.Errorf("%d error lines, want one", got)
 			}
 			if !strings.Contains(s.log.String(), path) {
@@ -328,8 +327,6 @@ func TestBadKeyFileKeepsLastGoodKeys(t *testing.T) {
 			s.replace("keys.json", keyFileJSON(good, repaired))
 			s.live(t, "repaired", repaired.secret, http.StatusOK)
 			within(t, liveWithin, "zejzl_auth_key_file_ok 1", func() bool { return s.metricOK() == "1" })
-			s.replace("keys.json", content)
-			s.live(t, "as before", repaired.secret, http.StatusUnauthorized)
 		})
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"io"
 	mrand "math/rand/v2"
 	"net/http"
+	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -383,4 +385,84 @@ func (k *loadKey) check(t *testing.T, decided []time.Duration) {
 		}
 	}
 	t.Logf("key %s: %d admitted, %d refused, largest latency %v", k.name, len(sent), refused, latency.Round(time.Microsecond))
+}
+
+func TestInvalidKeysFloodNeitherLogNorMemory(t *testing.T) {
+	const warmUp, flood = 4_000, 20_000
+	secret := randomSecret()
+	port := freePort(t)
+	s := start(t, globalBlock(t, "")+fmt.Sprintf(`
+http://127.0.0.1:%d {
+	bind 127.0.0.1
+	zejzl_auth
+	respond ok
+}`, port), "ZEJZL_API_KEY_A="+secret+":pro")
+	url := fmt.Sprintf("http://127.0.0.1:%d/", port)
+	client := loadClient(t)
+	send := func(n int) {
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				for range n / 4 {
+					got, err := fetch(client, url, randomSecret())
+					if err != nil || got.status != http.StatusUnauthorized {
+						t.Errorf("status %d, %v, want 401", got.status, err)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+	}
+	send(warmUp)
+	linesBefore, heapBefore, before := strings.Count(s.log.String(), "\n"), s.heapKiB(), s.residentKiB()
+	send(flood)
+	lines := strings.Count(s.log.String(), "\n") - linesBefore
+	heap, resident := s.heapKiB()-heapBefore, s.residentKiB()-before
+	t.Logf("%d invalid keys: %d log lines, heap %+d KiB, resident memory %+d KiB of %d", flood, lines, heap, resident, before)
+	// One client and one reason: a line a minute; reading the heap writes two more.
+	if lines > 5 {
+		t.Errorf("%d log lines for %d invalid keys of one client", lines, flood)
+	}
+	if !strings.Contains(s.log.String(), `"invalid_key"`) {
+		t.Error("no log line tells of invalid keys")
+	}
+	// Were anything kept of each key, it would be 32 bytes of digest at least.
+	if heap > flood*32>>10 {
+		t.Errorf("the heap grew by %d KiB over %d invalid keys", heap, flood)
+	}
+	// Under the race detector the process itself swings by far more than the heap.
+	if resident > 64<<10 {
+		t.Errorf("resident memory grew by %d KiB over %d invalid keys", resident, flood)
+	}
+	if got := mustFetch(t, client, url, secret); got.status != http.StatusOK {
+		t.Errorf("status %d for a good key after the flood", got.status)
+	}
+}
+
+var heapAlloc = regexp.MustCompile(`(?m)^# HeapAlloc = (\d+)$`)
+
+// heapKiB is what is in use of the heap after a garbage collection.
+func (s *server) heapKiB() int {
+	s.t.Helper()
+	found := heapAlloc.FindStringSubmatch(s.adminGet("/debug/pprof/heap?gc=1&debug=1"))
+	if found == nil {
+		s.t.Fatal("no HeapAlloc in the heap profile of the admin endpoint")
+	}
+	n, _ := strconv.Atoi(found[1])
+	return n >> 10
+}
+
+// residentKiB is the resident memory of the process.
+func (s *server) residentKiB() int {
+	s.t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+	if err != nil {
+		s.t.Skipf("measuring memory needs /proc: %v", err)
+	}
+	var kib int
+	if _, err := fmt.Sscanf(lineWith(string(status), "VmRSS:"), "VmRSS: %d kB", &kib); err != nil {
+		s.t.Fatalf("reading VmRSS: %v", err)
+	}
+	return kib
 }

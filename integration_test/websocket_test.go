@@ -3,7 +3,7 @@ package integration
 import (
 	"bufio"
 	"context"
-	"crypto/sha1" //nolint:gosec // RFC 6455
+	"crypto/sha1"
 	"crypto/tls"
 	"encoding/base64"
 	"fmt"
@@ -27,7 +27,7 @@ func newEcho(t testing.TB) (addr string, ended <-chan struct{}) {
 			fmt.Fprintf(w, "%s %q %q", r.Method, r.Header["Upgrade"], r.Header["Connection"])
 			return
 		}
-		sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) //nolint:gosec // RFC 6455
+		sum := sha1.Sum([]byte(r.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
 		conn, rw, err := http.NewResponseController(w).Hijack()
 		if err != nil {
 			return
@@ -143,13 +143,15 @@ func TestWebsocketHTTP2(t *testing.T) {
 		"https://example.test:"+port+" {\n\tbind 127.0.0.1\n\ttls internal\n\tzejzl_auth\n\treverse_proxy "+target+"\n}\n",
 		"ZEJZL_API_KEY_A="+key+":single", "GODEBUG=http2xconnect=1")
 	s.waitForCertificates(addr, "example.test")
-	transport := &h2.Transport{
-		TLSClientConfig: &tls.Config{RootCAs: s.roots(), ServerName: "example.test", NextProtos: []string{"h2"}},
+	// net/http's own transport takes no :protocol.
+	transport := &h2.Transport{ //nolint:staticcheck // SA1019, see above
+		TLSClientConfig: &tls.Config{RootCAs: s.roots(), ServerName: "example.test", NextProtos: []string{"h2"}}, //nolint:staticcheck // SA1019
+		//nolint:staticcheck // SA1019
 		DialTLSContext: func(ctx context.Context, network, _ string, config *tls.Config) (net.Conn, error) {
 			return (&tls.Dialer{Config: config}).DialContext(ctx, network, addr)
 		},
 	}
-	defer transport.CloseIdleConnections()
+	defer transport.CloseIdleConnections() //nolint:staticcheck // SA1019
 	connect := func(protocol string, headers ...string) (io.WriteCloser, *http.Response) {
 		t.Helper()
 		reader, writer := io.Pipe()
@@ -157,7 +159,7 @@ func TestWebsocketHTTP2(t *testing.T) {
 		req.Body = reader
 		req.Header[":protocol"] = []string{protocol}
 		req.Header.Set("Sec-WebSocket-Version", "13")
-		resp, err := transport.RoundTrip(req)
+		resp, err := transport.RoundTrip(req) //nolint:staticcheck // SA1019
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -54,7 +54,7 @@ func parseLine(s string) (Record, error) {
 	}
 	secret, rest := s[:colon], s[colon+1:]
 
-	digest, err := parseSecret(secret, hashed)
+	digest, err := ParseSecret(secret)
 	if err != nil {
 		return Record{}, err
 	}
@@ -73,8 +73,10 @@ func parseLine(s string) (Record, error) {
 	return Record{Name: name, Tier: tier, Secrets: []Secret{{Digest: digest}}}, nil
 }
 
-func parseSecret(s string, hashed bool) (Digest, error) {
-	if hashed {
+// ParseSecret returns the digest of a secret that is stated whole or as its
+// hash. The error does not show it.
+func ParseSecret(s string) (Digest, error) {
+	if strings.HasPrefix(s, digestPrefix) {
 		return ParseDigest(s)
 	}
 	if err := ValidateSecret(s); err != nil {

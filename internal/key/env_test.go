@@ -50,6 +50,25 @@ func TestParseEnvNothing(t *testing.T) {
 	}
 }
 
+func TestParseSecret(t *testing.T) {
+	for _, s := range []string{canary, Sum(canary).String(), "sha256:" + strings.ToUpper(Sum(canary).String()[7:])} {
+		if d, err := ParseSecret(s); err != nil || d != Sum(canary) {
+			t.Errorf("%v, %v", d, err)
+		}
+	}
+	for s, want := range map[string]string{
+		"": "expected a secret", canary[:20]: "expected a secret", "sha256:": "64 hex digits", "sha256:" + canary: "64 hex digits",
+		strings.Repeat("k", 40): "different characters", Sum(canary).String()[:70]: "64 hex digits",
+	} {
+		_, err := ParseSecret(s)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", s, err, want)
+			continue
+		}
+		checkMessage(t, s, err)
+	}
+}
+
 var badLines = map[string]string{
 	"":                                     "<secret or sha256:hex>",
 	canary:                                 "<secret or sha256:hex>",

@@ -15,8 +15,10 @@ func TestValidateNames(t *testing.T) {
 		{
 			"name", ValidateName,
 			[]string{"CI runner", "a", "Zoë's phone", "zejzl_dev", strings.Repeat("n", 128), `a "b" <c>: d`},
-			[]string{"", " a", "a ", "a\n", "a\nb", "a\r\nX-Admin: 1", "a\x00b", "a\x7f", "\xff\xfe", "\u00a0a",
-				strings.Repeat("n", 129), canary, "key " + canary + "!"},
+			[]string{
+				"", " a", "a ", "a\n", "a\nb", "a\r\nX-Admin: 1", "a\x00b", "a\x7f", "\xff\xfe", "\u00a0a",
+				strings.Repeat("n", 129), canary, "key " + canary + "!",
+			},
 		},
 		{
 			"id", ValidateID,

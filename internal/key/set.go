@@ -32,11 +32,18 @@ func NewSet(hint int) *Set {
 // Len returns the number of keys.
 func (s *Set) Len() int { return len(s.members) }
 
+// Has reports whether a key of the set has the id.
+func (s *Set) Has(id string) bool {
+	_, ok := s.byID[id]
+	return ok
+}
+
 // Add puts the record's key into the set. A record that shares a secret with a
-// key of the set must state the same name, tier and times, and the same id or
-// none; it is then that key, which gets the record's further secrets. Sources
-// that give ids are therefore added first. Errors name both places; after one,
-// the set is as it was. The set keeps l.Secrets.
+// key of the set must state the same name and tier, and the same id or none; it
+// is then that key, which gets the record's further secrets, and of the times
+// that the two state the stricter ones: no source can let in what another one
+// ended. Sources that give ids are therefore added first. Errors name both
+// places; after one, the set is as it was. The set keeps l.Secrets.
 func (s *Set) Add(l Located) (*Key, error) {
 	if err := checkSecrets(l); err != nil {
 		return nil, err
@@ -81,19 +88,30 @@ func (s *Set) merge(i int, l Located) (*Key, error) {
 		if j, ok := s.byDigest[sec.Digest]; ok && j != i {
 			return nil, fmt.Errorf("%s has secrets of two keys, %s and %s", l.Place, m.place, s.members[j].place)
 		}
-		for _, known := range m.secrets {
-			if known.Digest == sec.Digest && instant(known.NotAfter) != instant(sec.NotAfter) {
-				return nil, fmt.Errorf("%s and %s state the same secret with a different not_after", m.place, l.Place)
-			}
-		}
 	}
+	m.key.notBefore = max(m.key.notBefore, instant(l.NotBefore))
+	m.key.expiresAt = earlier(m.key.expiresAt, instant(l.ExpiresAt))
+	m.key.revokedAt = earlier(m.key.revokedAt, instant(l.RevokedAt))
+	m.secrets = slices.Clone(m.secrets) // they are the record's, which may be added again
 	for _, sec := range l.Secrets {
-		if _, ok := s.byDigest[sec.Digest]; !ok {
+		j := slices.IndexFunc(m.secrets, func(known Secret) bool { return known.Digest == sec.Digest })
+		switch {
+		case j < 0:
 			s.byDigest[sec.Digest] = i
 			m.secrets = append(m.secrets, sec)
+		case m.secrets[j].NotAfter.IsZero() || !sec.NotAfter.IsZero() && sec.NotAfter.Before(m.secrets[j].NotAfter):
+			m.secrets[j].NotAfter = sec.NotAfter
 		}
 	}
 	return m.key, nil
+}
+
+// earlier is the stricter of two ends, of which 0 is none.
+func earlier(a, b int64) int64 {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
 }
 
 // secrets returns the secrets of a key of the set, which is probably number
@@ -118,12 +136,6 @@ func (m *member) difference(r Record) string {
 		return "name"
 	case r.Tier != k.Tier:
 		return "tier"
-	case instant(r.NotBefore) != k.notBefore:
-		return "not_before"
-	case instant(r.ExpiresAt) != k.expiresAt:
-		return "expires_at"
-	case instant(r.RevokedAt) != k.revokedAt:
-		return "revoked_at"
 	}
 	return ""
 }

@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"pgregory.net/rapid"
 )
 
 func rec(id, name, tier string, secrets ...string) Record {
@@ -60,12 +62,6 @@ func TestSetSameKey(t *testing.T) {
 }
 
 func TestSetContradictions(t *testing.T) {
-	now := time.Unix(1_800_000_000, 0)
-	with := func(r Record, change func(*Record)) Record {
-		change(&r)
-		return r
-	}
-	base := func() Record { return rec("", "A", "pro", "s1") }
 	for _, c := range []struct {
 		name   string
 		second Record
@@ -74,10 +70,6 @@ func TestSetContradictions(t *testing.T) {
 		{"name", rec("", "B", "pro", "s1"), "first and second state the same secret with a different name"},
 		{"no name", rec("", "", "pro", "s1"), "first and second state the same secret with a different name"},
 		{"tier", rec("", "A", "free", "s1"), "first and second state the same secret with a different tier"},
-		{"start", with(base(), func(r *Record) { r.NotBefore = now }), "first and second state the same secret with a different not_before"},
-		{"expiry", with(base(), func(r *Record) { r.ExpiresAt = now }), "first and second state the same secret with a different expires_at"},
-		{"revocation", with(base(), func(r *Record) { r.RevokedAt = now }), "first and second state the same secret with a different revoked_at"},
-		{"end", with(base(), func(r *Record) { r.Secrets[0].NotAfter = now }), "first and second state the same secret with a different not_after"},
 		{"id", rec("k_2", "A", "pro", "s1"), "first and second state the same secret with a different id"},
 		{"joins", rec("", "A", "pro", "s1", "s9"), "second has secrets of two keys, first and other"},
 		{"same id", rec("k_9", "A", "pro", "s2"), `other and second are two keys with the same id "k_9"`},
@@ -86,7 +78,7 @@ func TestSetContradictions(t *testing.T) {
 		{"none", rec("", "A", "pro"), "second: expected at least one secret"},
 	} {
 		set := NewSet(2)
-		first := mustAdd(t, set, located("first", base()))
+		first := mustAdd(t, set, located("first", rec("", "A", "pro", "s1")))
 		mustAdd(t, set, located("other", rec("k_9", "A", "pro", "s9")))
 		k, err := set.Add(located("second", c.second))
 		if err == nil || k != nil || err.Error() != c.want {
@@ -95,6 +87,106 @@ func TestSetContradictions(t *testing.T) {
 		// A refused record leaves nothing behind.
 		if set.Len() != 2 || len(set.byDigest) != 2 || len(set.byID) != 2 || len(set.secrets(first, 0)) != 1 {
 			t.Errorf("%s: the set changed: %+v", c.name, set)
+		}
+	}
+}
+
+// timed is the record of one secret under the rules that the time t stands for;
+// the zero time is no rule.
+func timed(t [4]time.Time) Record {
+	r := rec("", "A", "pro", "s1")
+	r.NotBefore, r.ExpiresAt, r.RevokedAt, r.Secrets[0].NotAfter = t[0], t[1], t[2], t[3]
+	return r
+}
+
+// Of what several sources say of one secret the strictest holds, in whatever
+// order they come.
+func TestSetJoinsTimes(t *testing.T) {
+	early, late := time.Unix(1_800_000_000, 0), time.Unix(1_900_000_000, 0)
+	var none time.Time
+	for i, what := range []string{"not_before", "expires_at", "revoked_at", "not_after"} {
+		later := i == 0 // the later start is the stricter one, and the earlier end
+		for _, c := range [][2]time.Time{{none, none}, {none, late}, {early, late}, {early, early}} {
+			strict := c[0]
+			if later || strict.IsZero() {
+				strict = c[1]
+			}
+			for _, order := range [][]time.Time{{c[0], c[1]}, {c[1], c[0]}, {c[1], c[0], c[1], none}} {
+				set := NewSet(0)
+				var k *Key
+				for _, at := range order {
+					var times [4]time.Time
+					times[i] = at
+					k = mustAdd(t, set, located("a source", timed(times)))
+				}
+				var ring Ring
+				ring.Replace(set, []*Key{k})
+				got, _ := ring.Lookup(Sum("s1"))
+				want := [4]int64{}
+				want[i] = instant(strict)
+				if is := [4]int64{got.Key.notBefore, got.Key.expiresAt, got.Key.revokedAt, got.NotAfter}; is != want {
+					t.Errorf("%s stated as %v: %v, want %v", what, order, is, want)
+				}
+			}
+		}
+	}
+}
+
+// Whatever a source says of a key more than the others, it can only end the
+// key sooner or let it begin later.
+func TestSetNeverJoinsToLess(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		moment := rapid.Custom(func(t *rapid.T) time.Time {
+			if n := rapid.Int64Range(0, 5).Draw(t, "time"); n > 0 {
+				return time.Unix(n, 0)
+			}
+			return time.Time{}
+		})
+		var records []Record
+		set := NewSet(0)
+		var k *Key
+		for range rapid.IntRange(1, 4).Draw(t, "sources") {
+			var times [4]time.Time
+			for i := range times {
+				times[i] = moment.Draw(t, "t")
+			}
+			records = append(records, timed(times))
+			var err error
+			if k, err = set.Add(located("a source", timed(times))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var ring Ring
+		ring.Replace(set, []*Key{k})
+		joined, _ := ring.Lookup(Sum("s1"))
+		for n := range int64(7) {
+			now := time.Unix(n, 0)
+			active := true
+			for _, r := range records {
+				alone := NewSet(1)
+				var one Ring
+				single, err := alone.Add(located("a source", r))
+				if err != nil {
+					t.Fatal(err)
+				}
+				one.Replace(alone, []*Key{single})
+				e, _ := one.Lookup(Sum("s1"))
+				active = active && e.Status(now) == Active
+			}
+			if got := joined.Status(now); (got == Active) != active {
+				t.Fatalf("at %d: %s, want active %t", n, got, active)
+			}
+		}
+	})
+}
+
+func TestSetHas(t *testing.T) {
+	set := NewSet(0)
+	mustAdd(t, set, located("a", rec("k_1", "A", "pro", "s1")))
+	mustAdd(t, set, located("b", rec("", "B", "pro", "s2")))
+	for id, want := range map[string]bool{"k_1": true, Sum("s2").ID(): true, Sum("s1").ID(): false, "": false, "k_2": false} {
+		if got := set.Has(id); got != want {
+			t.Errorf("Has(%q) = %t", id, got)
 		}
 	}
 }
@@ -118,7 +210,12 @@ func TestSetKeepsTheCallersSecrets(t *testing.T) {
 	r := rec("", "A", "pro", "s1")
 	r.Secrets = append(make([]Secret, 0, 4), r.Secrets...)
 	mustAdd(t, set, located("a", r))
-	mustAdd(t, set, located("b", rec("", "A", "pro", "s1", "s2")))
+	ended := rec("", "A", "pro", "s1", "s2")
+	ended.Secrets[0].NotAfter = time.Unix(1, 0)
+	mustAdd(t, set, located("b", ended))
+	if !r.Secrets[0].NotAfter.IsZero() {
+		t.Error("the set wrote the end of a secret into the caller's record, which another set may get")
+	}
 	if spare := r.Secrets[:2]; spare[1] != (Secret{}) {
 		t.Error("the set wrote into the caller's slice")
 	}

@@ -120,6 +120,17 @@ func (m *model) refund(at int64, l *Limits) {
 	}
 }
 
+func (m *model) idle(now int64) bool {
+	m.repeat = nil
+	m.moveTo(max(now, m.clock))
+	for w := range m.admitted {
+		if len(m.live(w, m.clock)) > 0 {
+			return false
+		}
+	}
+	return m.inFlight == 0
+}
+
 type admission struct {
 	at     int64
 	limits *Limits
@@ -128,7 +139,7 @@ type admission struct {
 // tally counts what a run has seen, so that the test can tell that it has
 // seen everything.
 type tally struct {
-	steps, admitted, full, repeated, busy, overtaken, refunds, goneRefunds, wraps, coarse int
+	steps, admitted, full, repeated, busy, overtaken, refunds, goneRefunds, wraps, coarse, idle int
 }
 
 // run drives a State and the model with the same random steps. pick(n) is a
@@ -158,6 +169,17 @@ func run(tb fataler, steps int, pick func(n int) int, seen *tally) {
 			}
 			s.Refund(Tick(a.at), a.limits)
 			m.refund(a.at, a.limits)
+		case op == 3 && pick(2) == 0:
+			for all := pick(2) == 0; all && m.inFlight > 0; m.inFlight-- {
+				s.Release()
+			}
+			want := m.idle(now)
+			if got := s.Idle(Tick(now)); got != want {
+				tb.Fatalf("Idle(%d) = %t with %d in flight", now, got, m.inFlight)
+			}
+			if want {
+				seen.idle++
+			}
 		default:
 			if jump := nextTime(pick, now, given, last) - now; jump > 0 {
 				now += jump
@@ -294,7 +316,7 @@ func TestModelMillionSteps(t *testing.T) {
 	for what, n := range map[string]int{
 		"admitted": seen.admitted, "full": seen.full, "repeated refusals": seen.repeated, "busy": seen.busy,
 		"overtaken callers": seen.overtaken, "refunds": seen.refunds, "refunds after the window": seen.goneRefunds,
-		"jumps round 2^32": seen.wraps, "refusals by a coarse window": seen.coarse,
+		"jumps round 2^32": seen.wraps, "refusals by a coarse window": seen.coarse, "idle states": seen.idle,
 	} {
 		if n < 1000 {
 			t.Errorf("only %d steps with %s", n, what)

@@ -73,7 +73,7 @@ type State struct {
 // need no lock.
 //
 // It is right to answer from it, because while it is published the State is as
-// it was when the refusal was made. Every other decision and every Refund
+// it was when the refusal was made. Every other decision, every Refund and Idle
 // replaces or removes it before it unlocks, so a caller that loads it while
 // one of them is under way is simply ahead of that one. Only time has passed:
 // until the header's window loses its oldest entry, that window is still full,
@@ -130,6 +130,21 @@ func (s *State) Refund(at Tick, l *Limits) {
 		}
 	}
 	s.blocked.Store(nil)
+}
+
+// Idle reports whether at now nothing is left of the State: no slot is taken
+// and no admission counts. A State that is idle and forgotten is not missed.
+func (s *State) Idle(now Tick) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.advance(now)
+	s.blocked.Store(nil)
+	for g := &s.first; g != nil; g = g.next {
+		if g.n > 0 {
+			return false
+		}
+	}
+	return s.inFlight.Load() == 0
 }
 
 // InFlight returns the number of slots taken.

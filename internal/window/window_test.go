@@ -124,8 +124,12 @@ func TestBoundary(t *testing.T) {
 					at   Tick
 					want Outcome
 				}{
-					{start, WindowFull}, {start + w - 1, WindowFull}, {out - 1, WindowFull},
-					{out, Admitted}, {out + 1, Admitted}, {start + 2*w + 2*test.unit, Admitted},
+					{start, WindowFull},
+					{start + w - 1, WindowFull},
+					{out - 1, WindowFull},
+					{out, Admitted},
+					{out + 1, Admitted},
+					{start + 2*w + 2*test.unit, Admitted},
 				} {
 					var s State
 					if v := s.Admit(start, l); v.Outcome != Admitted || v.Reset != test.window {
@@ -323,6 +327,51 @@ func TestRefund(t *testing.T) {
 	}
 	if v := s.Admit(2*second, l); v.Outcome != WindowFull || v.Wait != 59*time.Second {
 		t.Errorf("full again: %+v", v)
+	}
+}
+
+func TestIdle(t *testing.T) {
+	l := mustLimits(t, 0, Limit{1, time.Second}, Limit{9, time.Hour})
+	hour := 3600 * second
+	must := func(s *State, now Tick, want bool) {
+		t.Helper()
+		if got := s.Idle(now); got != want {
+			t.Errorf("at %d: %t, want %t", now, got, want)
+		}
+	}
+	var s State
+	must(&s, 0, true)
+	s.Admit(second, l)
+	must(&s, second, false)
+	s.Release()
+	must(&s, 2*second, false)        // out of the second, in the hour
+	must(&s, second+hour-1, false)   // the last tick of it
+	must(&s, second+hour+1000, true) // an hour is counted in units of two ticks
+	must(&s, 0, true)                // what has left does not come back
+
+	s = State{}
+	v := s.Admit(0, l)
+	must(&s, 2*hour, false) // a stream goes on
+	s.Release()
+	must(&s, 2*hour, true)
+
+	s = State{}
+	v = s.Admit(0, l)
+	s.Release()
+	if s.Admit(1, l).Outcome != WindowFull {
+		t.Fatal("the second is not full")
+	}
+	s.Refund(v.At, l)
+	must(&s, 2, true) // nothing was charged
+
+	// A refusal that is remembered does not outlast the look.
+	s = State{}
+	s.Admit(0, l)
+	s.Release()
+	s.Admit(1, l)
+	must(&s, second, false)
+	if got := s.Admit(1, l); got.Outcome != Admitted || got.At != second {
+		t.Errorf("overtaken by the look: %+v", got)
 	}
 }
 
