@@ -290,10 +290,12 @@ func TestFailedStartLeavesOneAccount(t *testing.T) {
 func TestRotatedKeysLeaveNothing(t *testing.T) {
 	path := writeKeyFile(t, keysJSON(key.Generate()))
 	r := newReloading(t, path)
-	g := &Guard{Zone: t.Name()}
+	own := key.Generate()
+	g := &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: key.Sum(own).String(), Tier: "pro"}}}
 	if err := g.provision(r.ctx, r.App); err != nil {
 		t.Fatal(err)
 	}
+	ofGuard := accountOf(t, g, own)
 	busy := key.Generate()
 	r.write(path, keysJSON(busy), time.Now().Add(-time.Hour))
 	r.poll()
@@ -307,8 +309,11 @@ func TestRotatedKeysLeaveNothing(t *testing.T) {
 		}
 		accountOf(t, g, secret)
 	}
-	if got := g.zone.accounts(); got != 2 {
-		t.Errorf("%d accounts, want that of the key and one in use", got)
+	if got := g.zone.accounts(); got != 3 {
+		t.Errorf("%d accounts, want those of the file's key, of the guard's, and of one whose window is not empty", got)
+	}
+	if ofGuard.swept.Load() || accountOf(t, g, own) != ofGuard {
+		t.Error("a change of the file took the account of a guard's key")
 	}
 	r.write(path, keysJSON(busy), time.Now().Add(-time.Hour))
 	r.poll()

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -135,41 +136,43 @@ func mustSay(t *testing.T, when, want string) {
 // The metrics of keys speak for the newest app that runs, however it comes to
 // be the newest.
 func TestKeyGauges(t *testing.T) {
-	filed, env := key.Generate(), key.Generate()
-	path := writeKeyFile(t, keysJSON(filed, key.Generate()))
-	t.Setenv("ZEJZL_TEST_GAUGES_A", env+":pro")
-	t.Setenv("ZEJZL_TEST_GAUGES_B", key.Sum(env).String()+":pro")
-	t.Setenv("ZEJZL_TEST_GAUGES_C", filed+":pro:key 0")
-	mustSay(t, "no app runs", "")
-	old := newReloadingFrom(t, Source{Source: "env", Prefix: "ZEJZL_TEST_GAUGES_"}, Source{Source: "file", Path: path})
-	newRigIn(t, old.App, &Guard{Keys: []GuardKey{
-		{key.Sum(filed).String(), "pro", "key 0"}, {Secret: key.Sum(env).String(), Tier: "pro"},
-	}})
-	mustSay(t, "provisioned only", "")
-	started(t, old.App)
-	const ofOld = "config=1 development=0 env=1 file=2 ok=1" // the rig's own key; a key stated twice is one
-	mustSay(t, "started", ofOld)
+	synctest.Test(t, func(t *testing.T) {
+		filed, env := key.Generate(), key.Generate()
+		path := writeKeyFile(t, keysJSON(filed, key.Generate()))
+		t.Setenv("ZEJZL_TEST_GAUGES_A", env+":pro")
+		t.Setenv("ZEJZL_TEST_GAUGES_B", key.Sum(env).String()+":pro")
+		t.Setenv("ZEJZL_TEST_GAUGES_C", filed+":pro:key 0")
+		mustSay(t, "no app runs", "")
+		old := newReloadingFrom(t, Source{Source: "env", Prefix: "ZEJZL_TEST_GAUGES_"}, Source{Source: "file", Path: path})
+		newRigIn(t, old.App, &Guard{Keys: []GuardKey{
+			{key.Sum(filed).String(), "pro", "key 0"}, {Secret: key.Sum(env).String(), Tier: "pro"},
+		}})
+		mustSay(t, "provisioned only", "")
+		started(t, old.App)
+		const ofOld = "config=1 development=0 env=1 file=2 ok=1" // the rig's own key; a key stated twice is one
+		mustSay(t, "started", ofOld)
 
-	failed := started(t, provisionedApp(t, new(App)))
-	mustSay(t, "while another one loads", "config=0 development=0 env=0 file=0 ok=1")
-	stopped(t, failed)
-	mustSay(t, "after it failed", ofOld)
+		failed := started(t, provisionedApp(t, new(App)))
+		mustSay(t, "while another one loads", "config=0 development=0 env=0 file=0 ok=1")
+		stopped(t, failed)
+		mustSay(t, "after it failed", ofOld)
 
-	old.write(path, "{", time.Now().Add(-time.Minute))
-	old.poll()
-	mustSay(t, "a bad file", strings.Replace(ofOld, "ok=1", "ok=0", 1))
-	old.write(path, keysJSON(filed), time.Now().Add(-time.Minute))
-	old.poll()
-	mustSay(t, "mended", strings.Replace(ofOld, "file=2", "file=1", 1))
+		old.write(path, "{", time.Now().Add(-time.Minute))
+		time.Sleep(1100 * time.Millisecond)
+		mustSay(t, "a bad file", strings.Replace(ofOld, "ok=1", "ok=0", 1))
+		old.write(path, keysJSON(filed), time.Now().Add(-time.Minute))
+		time.Sleep(1100 * time.Millisecond)
+		mustSay(t, "mended", strings.Replace(ofOld, "file=2", "file=1", 1))
 
-	t.Setenv("ENVIRONMENT", "development")
-	forgetDevelopmentKey(t)
-	next := provisionedApp(t, new(App))
-	capturedStderr(t, func() { started(t, next) })
-	stopped(t, old.App)
-	mustSay(t, "after a reload", "config=0 development=1 env=0 file=0 ok=1")
-	stopped(t, next)
-	mustSay(t, "all stopped", "")
+		t.Setenv("ENVIRONMENT", "development")
+		forgetDevelopmentKey(t)
+		next := provisionedApp(t, new(App))
+		capturedStderr(t, func() { started(t, next) })
+		stopped(t, old.App)
+		mustSay(t, "after a reload", "config=0 development=1 env=0 file=0 ok=1")
+		stopped(t, next)
+		mustSay(t, "all stopped", "")
+	})
 }
 
 func TestMetricsConflict(t *testing.T) {

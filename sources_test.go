@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -193,6 +194,8 @@ func settle(t *testing.T, path string, at time.Time) {
 	}
 }
 
+var secretInLog = regexp.MustCompile(`zejzl_[\w-]{32}|[[:xdigit:]]{64}`)
+
 // poll does what one tick of pollFiles does, and returns what was logged.
 func (r *reloading) poll() string {
 	r.pollOnce()
@@ -200,7 +203,7 @@ func (r *reloading) poll() string {
 	for _, entry := range r.logs.TakeAll() {
 		lines = append(lines, entry.Message)
 		for _, value := range entry.ContextMap() {
-			if strings.Contains(fmt.Sprint(value), "zejzl_") {
+			if secretInLog.MatchString(fmt.Sprint(value)) {
 				r.t.Errorf("a secret in the log: %v", value)
 			}
 		}
@@ -424,6 +427,35 @@ func TestKeyFileContradictsAtReload(t *testing.T) {
 	r.write(second, keysJSON(c), time.Now().Add(-time.Minute))
 	step("mended", fileLoaded, false, true)
 	step("after", "", false, true)
+}
+
+// A file must not contradict the keys of the environment or of a guard either,
+// and what it says of such a key is told once.
+func TestKeyFileContradictsOtherSources(t *testing.T) {
+	a, b, c := key.Generate(), key.Generate(), key.Generate()
+	t.Setenv("ZEJZL_TEST_OTHER_B", b+":free:another")
+	for name, secret := range map[string]string{"guard": a, "environment": b} {
+		t.Run(name, func(t *testing.T) {
+			path := writeKeyFile(t, keysJSON(c))
+			r := newReloadingFrom(t, Source{Source: "env", Prefix: "ZEJZL_TEST_OTHER_"}, Source{Source: "file", Path: path})
+			g := newRigIn(t, r.App, &Guard{Keys: []GuardKey{{key.Sum(a).String(), "free", "one"}}, Zone: path})
+			now := time.Now() // read again at each tick
+			r.write(path, keysJSON(secret), now)
+			if got := r.poll(); got != fileBad {
+				t.Errorf("logged %q", got)
+			}
+			if got := r.poll(); got != "" {
+				t.Errorf("logged again: %q", got)
+			}
+			for _, good := range []string{a, b, c} {
+				g.must(t, http.StatusOK, newRequest("GET", "/x", "X-Api-Key", good), respondOK)
+			}
+			r.write(path, `{"keys": []}`, now)
+			if got := r.poll(); got != fileLoaded || r.has(c) || !r.has(b) {
+				t.Errorf("mended: logged %q, keys %v %v", got, r.has(c), r.has(b))
+			}
+		})
+	}
 }
 
 // One bad file does not keep another one's changes from being used.

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -417,6 +418,145 @@ func TestTwoKeyFiles(t *testing.T) {
 	s.live(t, "repaired", c.secret, http.StatusOK)
 	if got := s.status(a.secret); got != http.StatusOK {
 		t.Errorf("status %d for the first file's key after the second changed", got)
+	}
+}
+
+// TestKeyFileEndsKeysOfOtherPlaces states one key in the environment and the
+// file, another one in a guard and the file.
+func TestKeyFileEndsKeysOfOtherPlaces(t *testing.T) {
+	t.Parallel()
+	inEnv := fileKey{name: "env", tier: "enterprise", secret: randomSecret()}
+	inGuard := fileKey{name: "guard", tier: "enterprise", secret: randomSecret()}
+	path := filepath.Join(t.TempDir(), "keys.json")
+	if err := os.WriteFile(path, []byte(keyFileJSON(inEnv, inGuard)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	port := freePort(t)
+	s := &fileServer{client: loadClient(t), url: fmt.Sprintf("http://127.0.0.1:%d/", port)}
+	s.server = start(t, globalBlock(t, "\tzejzl {\n\t\tkeys env {env.PREFIX}\n\t\tkeys file "+path+"\n\t}")+fmt.Sprintf(`
+http://127.0.0.1:%d {
+	bind 127.0.0.1
+	zejzl_auth {
+		zone {env.ZONE}
+		key %s enterprise guard
+	}
+	respond ok
+}`, port, hashOf(inGuard.secret)), "PREFIX=MINE_", "MINE_1="+inEnv.secret+":enterprise:env", "ZONE=of the environment")
+	s.dir = filepath.Dir(path)
+	both := []fileKey{inEnv, inGuard}
+	check := func(when string, status int) {
+		t.Helper()
+		for _, k := range both {
+			s.live(t, when+": "+k.name, k.secret, status)
+		}
+	}
+	check("at the start", http.StatusOK)
+	if got := s.adminGet("/metrics"); !strings.Contains(got, `zejzl_auth_keys{source="file"} 2`) ||
+		!strings.Contains(got, `zejzl_auth_keys{source="env"} 0`) || !strings.Contains(got, `zejzl_auth_keys{source="config"} 0`) {
+		t.Errorf("a key that is stated twice must count once:\n%s", lineWith(got, "zejzl_auth_keys{"))
+	}
+	revoked := []fileKey{inEnv, inGuard}
+	for i := range revoked {
+		revoked[i].revokedAt = time.Now().Add(-time.Minute)
+	}
+	s.replace("keys.json", keyFileJSON(revoked...))
+	check("revoked in the file", http.StatusUnauthorized)
+	s.replace("keys.json", keyFileJSON())
+	check("no longer in the file", http.StatusOK)
+}
+
+// TestFailedReloadLeavesKeysAndMetrics loads a configuration that can't start,
+// since its port is taken. Caddy starts apps in any order, hence several times.
+func TestFailedReloadLeavesKeysAndMetrics(t *testing.T) {
+	t.Parallel()
+	good := fileKey{name: "good", tier: "enterprise", secret: randomSecret()}
+	s := startWithFile(t, keyFileJSON(good, fileKey{name: "other", tier: "pro", secret: randomSecret()}))
+	s.live(t, "before", good.secret, http.StatusOK)
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	for i := range 8 {
+		status, body := s.reload(globalBlock(t, "\tzejzl {\n\t\tkeys env NONE_\n\t\ttier unheard 5/1m\n\t}") + fmt.Sprintf(`
+http://%s {
+	bind 127.0.0.1
+	zejzl_auth
+	respond new
+}`, taken.Addr()))
+		if status == http.StatusOK || !strings.Contains(body, "address already in use") {
+			t.Fatalf("reload %d: status %d, %s", i, status, body)
+		}
+		metrics := s.adminGet("/metrics")
+		if !strings.Contains(metrics, `zejzl_auth_keys{source="file"} 2`) || strings.Contains(metrics, "unheard") {
+			t.Fatalf("after failed reload %d the metrics are not those of what runs:\n%s", i, lineWith(metrics, `zejzl_auth_keys{source="file"}`))
+		}
+	}
+	next := fileKey{name: "next", tier: "enterprise", secret: randomSecret()}
+	s.replace("keys.json", keyFileJSON(good, next))
+	s.live(t, "the file is still watched", next.secret, http.StatusOK)
+}
+
+// TestWindowsOutliveMaintenance reloads to a configuration without any guard,
+// or that of another module altogether, and back.
+func TestWindowsOutliveMaintenance(t *testing.T) {
+	t.Parallel()
+	secret := randomSecret()
+	port := freePort(t)
+	global := globalBlock(t, "")
+	site := func(handlers string) string {
+		return global + fmt.Sprintf("\nhttp://127.0.0.1:%d {\n\tbind 127.0.0.1\n%s\n}", port, handlers)
+	}
+	guarded := site("\tzejzl_auth {\n\t\ttier pro 2/1h\n\t}\n\trespond ok")
+	s := start(t, guarded, "ZEJZL_API_KEY_A="+secret+":pro")
+	client, url := loadClient(t), fmt.Sprintf("http://127.0.0.1:%d/", port)
+	must := func(when string, status int) {
+		t.Helper()
+		if got := mustFetch(t, client, url, secret); got.status != status {
+			t.Fatalf("%s: status %d, want %d: %s", when, got.status, status, got.body)
+		}
+	}
+	must("first", http.StatusOK)
+	must("second", http.StatusOK)
+	must("third", http.StatusTooManyRequests)
+	for _, between := range []string{site("\trespond \"back soon\" 503"), global + fmt.Sprintf("\nhttp://127.0.0.1:%d {\n\trespond away\n}", freePort(t))} {
+		for _, caddyfile := range []string{between, guarded} {
+			if status, body := s.reload(caddyfile); status != http.StatusOK {
+				t.Fatalf("reload: status %d: %s", status, body)
+			}
+		}
+		must("after maintenance", http.StatusTooManyRequests)
+	}
+}
+
+// TestKeyMovesBetweenFiles writes the file that gets the key first: until the
+// other one gives it up, the two contradict each other.
+func TestKeyMovesBetweenFiles(t *testing.T) {
+	t.Parallel()
+	k := fileKey{name: "moving", tier: "enterprise", secret: randomSecret()}
+	s := startWithFile(t, keyFileJSON(k), "more.json")
+	s.replace("keys.json", keyFileJSON(k))
+	s.replace("more.json", keyFileJSON())
+	tier := func() string { return mustFetch(t, s.client, s.url, k.secret).header.Get("X-RateLimit-Tier") }
+	s.live(t, "in the first file", k.secret, http.StatusOK)
+	moved := k
+	moved.tier = "pro"
+	s.replace("more.json", keyFileJSON(moved))
+	within(t, liveWithin, "an error line", func() bool { return s.errorLines() > 0 })
+	if got := tier(); got != "enterprise" {
+		t.Errorf("tier %q while the files contradict each other", got)
+	}
+	s.replace("keys.json", keyFileJSON())
+	within(t, liveWithin, "the new tier", func() bool {
+		got := mustFetch(t, s.client, s.url, k.secret)
+		if got.status != http.StatusOK {
+			t.Fatalf("status %d: the key is in neither file", got.status)
+		}
+		return got.header.Get("X-RateLimit-Tier") == "pro"
+	})
+	within(t, liveWithin, "zejzl_auth_key_file_ok 1", func() bool { return s.metricOK() == "1" })
+	if got := s.errorLines(); got != 1 {
+		t.Errorf("%d error lines, want one", got)
 	}
 }
 

@@ -170,8 +170,10 @@ func run(tb fataler, steps int, pick func(n int) int, seen *tally) {
 			s.Refund(Tick(a.at), a.limits)
 			m.refund(a.at, a.limits)
 		case op == 3 && pick(2) == 0:
-			for all := pick(2) == 0; all && m.inFlight > 0; m.inFlight-- {
-				s.Release()
+			if pick(2) == 0 {
+				for ; m.inFlight > 0; m.inFlight-- {
+					s.Release()
+				}
 			}
 			want := m.idle(now)
 			if got := s.Idle(Tick(now)); got != want {

@@ -350,13 +350,13 @@ func TestIdle(t *testing.T) {
 	must(&s, 0, true)                // what has left does not come back
 
 	s = State{}
-	v := s.Admit(0, l)
+	s.Admit(0, l)
 	must(&s, 2*hour, false) // a stream goes on
 	s.Release()
 	must(&s, 2*hour, true)
 
 	s = State{}
-	v = s.Admit(0, l)
+	v := s.Admit(0, l)
 	s.Release()
 	if s.Admit(1, l).Outcome != WindowFull {
 		t.Fatal("the second is not full")
