@@ -103,6 +103,9 @@ func accountOf(t *testing.T, g *Guard, secret string) *account {
 	return acc
 }
 
+// newZoneName is a zone that the process does not know yet, however often a test is run.
+func newZoneName() string { return "test " + key.Sum(key.Generate()).ID() }
+
 // accounts counts what a zone keeps.
 func (z *zone) accounts() int {
 	n := 0
@@ -125,12 +128,12 @@ func provisionGuard(t *testing.T, g *Guard) *Guard {
 
 // What fails to load touches nothing that is running.
 func TestFailedProvisionChangesNothing(t *testing.T) {
-	secret := key.Generate()
-	running := provisionGuard(t, &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: key.Sum(secret).String(), Tier: "pro"}}})
+	secret, zoneName := key.Generate(), newZoneName()
+	running := provisionGuard(t, &Guard{Zone: zoneName, Keys: []GuardKey{{Secret: key.Sum(secret).String(), Tier: "pro"}}})
 	acc := accountOf(t, running, secret)
 	config := func(guard string) *caddy.Config {
 		cfg := new(caddy.Config)
-		text := siteConfig(`{"listen": ["127.0.0.1:0"], "routes": [{"handle": [{"handler": "zejzl_auth", "zone": "`+t.Name()+`"`+guard+`}]}]}`, noKeys)
+		text := siteConfig(`{"listen": ["127.0.0.1:0"], "routes": [{"handle": [{"handler": "zejzl_auth", "zone": "`+zoneName+`"`+guard+`}]}]}`, noKeys)
 		if err := json.Unmarshal([]byte(text), cfg); err != nil {
 			t.Fatal(err)
 		}
@@ -147,7 +150,7 @@ func TestFailedProvisionChangesNothing(t *testing.T) {
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("error %v, want %q", err, want)
 		}
-		if accountOf(t, running, secret) != acc || zoneOf(t.Name()) != running.zone || running.zone.accounts() != 1 {
+		if accountOf(t, running, secret) != acc || zoneOf(zoneName) != running.zone || running.zone.accounts() != 1 {
 			t.Errorf("%q touched the windows", guard)
 		}
 	}
@@ -225,7 +228,7 @@ func TestSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	const at, over = window.Tick(1_000_000), window.Tick(61_000_000)
-	z := zoneOf(t.Name())
+	z := zoneOf(newZoneName())
 	accounts := make(map[string]*account)
 	for _, id := range []string{"idle", "idle but known", "in a window", "in flight", "refunded"} {
 		accounts[id] = z.load(id)
@@ -268,9 +271,9 @@ func TestSweep(t *testing.T) {
 // Start sweeps, but a key that remembers a swept account is known to another
 // app: it looks again, so that all apps go on with one account.
 func TestFailedStartLeavesOneAccount(t *testing.T) {
-	secret := key.Generate()
+	secret, zoneName := key.Generate(), newZoneName()
 	config := func() *Guard {
-		return provisionGuard(t, &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: key.Sum(secret).String(), Tier: "pro"}}})
+		return provisionGuard(t, &Guard{Zone: zoneName, Keys: []GuardKey{{Secret: key.Sum(secret).String(), Tier: "pro"}}})
 	}
 	g := config()
 	started(t, g.app)
@@ -291,7 +294,7 @@ func TestRotatedKeysLeaveNothing(t *testing.T) {
 	path := writeKeyFile(t, keysJSON(key.Generate()))
 	r := newReloading(t, path)
 	own := key.Generate()
-	g := &Guard{Zone: t.Name(), Keys: []GuardKey{{Secret: key.Sum(own).String(), Tier: "pro"}}}
+	g := &Guard{Zone: newZoneName(), Keys: []GuardKey{{Secret: key.Sum(own).String(), Tier: "pro"}}}
 	if err := g.provision(r.ctx, r.App); err != nil {
 		t.Fatal(err)
 	}

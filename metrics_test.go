@@ -82,23 +82,24 @@ func seriesOf(t *testing.T, tierName string) int {
 // A tier has no series before its first admitted request: not of the many
 // configurations that are only adapted, validated or refused.
 func TestTierMetricsBeginWithTheFirstRequest(t *testing.T) {
-	const tiers = `"tiers": {"unheard": {"requests": [{"limit": 1, "window": "1h"}]}}`
+	unheard := key.Generate()
+	name := strings.ToLower(key.Sum(unheard).ID()) // no test before this one has used it
+	tiers := `"tiers": {"` + name + `": {"requests": [{"limit": 1, "window": "1h"}]}}`
 	for guard, ok := range map[string]bool{tiers: true, tiers + `, "errors": "none"`: false, `"zone": "{env.ZEJZL_TEST_UNSET}", ` + tiers: false} {
 		_, err := provisionConfig(t, siteConfig(`{"listen": ["127.0.0.1:0"], "routes": [{"handle": [{"handler": "zejzl_auth", `+guard+`}]}]}`, noKeys))
 		if (err == nil) != ok {
 			t.Fatalf("%s: %v", guard, err)
 		}
 	}
-	r := newRig(t, &Guard{Tiers: map[string]Tier{"unheard": oneIn(time.Hour)}})
-	unheard := key.Generate()
-	g := newRig(t, &Guard{Tiers: map[string]Tier{"unheard": oneIn(time.Hour)}, Keys: []GuardKey{{Secret: key.Sum(unheard).String(), Tier: "unheard"}}})
+	r := newRig(t, &Guard{Tiers: map[string]Tier{name: oneIn(time.Hour)}})
+	g := newRig(t, &Guard{Tiers: map[string]Tier{name: oneIn(time.Hour)}, Keys: []GuardKey{{Secret: key.Sum(unheard).String(), Tier: name}}})
 	r.must(t, http.StatusOK, r.chat(), respondOK)
 	g.must(t, http.StatusUnauthorized, newRequest("GET", "/x"), notReached(t))
-	if got := seriesOf(t, "unheard"); got != 0 {
+	if got := seriesOf(t, name); got != 0 {
 		t.Errorf("%d series before any request of the tier", got)
 	}
 	g.must(t, http.StatusOK, newRequest("GET", "/x", "X-Api-Key", unheard), respondOK)
-	if got := seriesOf(t, "unheard"); got != 2 {
+	if got := seriesOf(t, name); got != 2 {
 		t.Errorf("%d series after the first request, want requests_total and in_flight", got)
 	}
 }
