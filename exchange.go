@@ -2,6 +2,7 @@ package zejzlauth
 
 import (
 	"errors"
+	"maps"
 	"net/http"
 	"runtime/debug"
 	"strconv"
@@ -166,12 +167,13 @@ func (x *exchange) servePreflight(next caddyhttp.Handler) error {
 		return x.forward(next)
 	}
 	x.origin = "" // a preflight has CORS headers of its own, a refused one has none
-	x.finish(h)
-	if !g.cors.preflight(x.request, h) {
+	granted := make(http.Header)
+	if !g.cors.preflight(x.request, granted) {
 		return refuse(reasonForbidden)
 	}
 	publicRequests.Inc()
-	x.committed = true
+	x.commit()
+	maps.Copy(h, granted)
 	x.ResponseWriter.WriteHeader(http.StatusNoContent)
 	return nil
 }
