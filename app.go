@@ -121,6 +121,7 @@ func (a *App) provisionKeys() error {
 		return err
 	}
 	a.set = set
+	a.keepRecords()
 	a.keyring.Replace(set, keys)
 	a.keyState.Store(&state)
 	return nil

@@ -108,8 +108,9 @@ func (x *exchange) identify(tierName string) {
 	}
 }
 
-// cleanRequest removes what a client must not send through the guard.
-func (g *Guard) cleanRequest(h http.Header, rt route, keyed bool) {
+// cleanRequest removes what a client must not send through the guard, and
+// tells whether a credential was among it.
+func (g *Guard) cleanRequest(h http.Header, rt route, keyed bool) (credential bool) {
 	keyed = keyed && rt != public // what is public was judged as what it says it is
 	for name := range h {
 		switch {
@@ -124,19 +125,22 @@ func (g *Guard) cleanRequest(h http.Header, rt route, keyed bool) {
 		setConnection(h, lines, isIdentityHeader)
 	}
 	if rt != open && g.ForwardCredentials {
-		return
+		return false
 	}
 	for _, name := range credentialHeaders {
-		if rt != open || slices.ContainsFunc(h[name], g.isOurs) {
+		if lines, ok := h[name]; ok && (rt != open || slices.ContainsFunc(lines, g.isOurs)) {
 			delete(h, name)
+			credential = true
 		}
 	}
 	for _, line := range h[authorizationHeader] {
 		if _, bearer := bearerToken(line); rt != open && (bearer || line == "") || g.holdsOurs(line) {
 			delete(h, authorizationHeader)
+			credential = true
 			break
 		}
 	}
+	return credential
 }
 
 // holdsOurs tells whether an Authorization of any scheme, or none, carries a

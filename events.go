@@ -14,6 +14,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/zejzl/caddy-zejzl-auth/internal/key"
 )
 
 // logInterval is how long an event of the same kind and caller stays quiet,
@@ -147,7 +149,7 @@ func (x *exchange) loggedPath() string {
 // clean takes keys out of a text: those of our shape, and the one that came
 // with the request, of whatever shape.
 func (x *exchange) clean(s string) string {
-	if x.secret != "" {
+	if key.WellFormed(x.secret) { // shorter words stand in every path
 		s = strings.ReplaceAll(s, x.secret, "REDACTED")
 	}
 	return scrub(s)

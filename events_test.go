@@ -165,3 +165,11 @@ func TestAccessLogFields(t *testing.T) {
 		}
 	}
 }
+
+// A caller can't blank out its own log line with a short "key".
+func TestShortCredentialHidesNothing(t *testing.T) {
+	x := &exchange{path: "/v1/admin/delete", secret: "e"}
+	if got := x.loggedPath(); got != x.path {
+		t.Errorf("logged as %q", got)
+	}
+}

@@ -26,7 +26,8 @@ type exchange struct {
 	request  *http.Request
 	path     string // as the client sent it, without the query
 	start    window.Tick
-	key      *key.Key     // the caller; nil: nobody in particular
+	key      *key.Key // the caller; nil: nobody in particular
+	left     *openCredential
 	secret   string       // the credential, to be kept out of logs
 	rejected *key.Key     // a key that is known but not active
 	status   key.Status   // of rejected
@@ -131,30 +132,25 @@ func (x *exchange) refund() {
 // ours to strangers.
 func (x *exchange) passOpen(next caddyhttp.Handler) error {
 	openRequests.Inc()
-	if secret, why := readCredential(x.request.Header); why == reasonNone && x.guard.isOurs(secret) {
-		caddyhttp.SetVar(x.request.Context(), openCredentialVar, openCredential(secret))
+	h, ctx := x.request.Header, x.request.Context()
+	secret, why := readCredential(h)
+	if x.guard.cleanRequest(h, open, false) {
+		caddyhttp.SetVar(ctx, exchangeVar, &openCredential{secret, why})
 	}
-	x.guard.cleanRequest(x.request.Header, open, false)
 	err := next.ServeHTTP(x, x.request)
 	x.finish(x.Header())
 	return err
 }
 
-// openCredentialVar is where a guard leaves the key that it took from a
-// request outside its paths, for a later guard that protects them.
-const openCredentialVar = "zejzl_auth.open_credential" //nolint:gosec // G101: a name
-
-type openCredential string
-
-// String keeps the key from the placeholder of the variable.
-func (openCredential) String() string { return "zejzl_auth" }
-
-func (x *exchange) openCredential() (secret string, why reason) {
-	if c, ok := caddyhttp.GetVar(x.request.Context(), openCredentialVar).(openCredential); ok {
-		return string(c), reasonNone
-	}
-	return "", reasonMissingKey
+// openCredential is what a guard read, and then removed, of a request outside
+// its paths: a later guard of the chain, which protects them, judges that.
+type openCredential struct {
+	secret string
+	why    reason
 }
+
+// String is what the placeholder of exchangeVar shows.
+func (*openCredential) String() string { return "zejzl_auth" }
 
 // servePreflight answers a CORS preflight. Browsers send it without the key,
 // so it costs none; it is never forwarded unless CORS is the backend's.

@@ -441,3 +441,29 @@ func TestOriginalURIDecides(t *testing.T) {
 		}
 	}
 }
+
+// What an outer guard removed of a request outside its paths is what the inner
+// guard judges: two keys stay two keys.
+func TestOpenCredential(t *testing.T) {
+	app := provisionedApp(t, new(App))
+	outer := newRigIn(t, app, &Guard{Protect: []string{"/admin/*"}, Zone: t.Name() + "/outer"})
+	foreign := "a-foreign-key-of-another-make-0123456789"
+	inner := newRigIn(t, app, &Guard{Zone: t.Name() + "/inner", Keys: []GuardKey{
+		{Secret: key.Sum(foreign).String(), Tier: "pro"}, {Secret: key.Sum(outer.secret).String(), Tier: "pro", Name: "CI runner"},
+	}})
+	behind := func(w http.ResponseWriter, r *http.Request) error {
+		return inner.ServeHTTP(w, r, caddyhttp.HandlerFunc(respondOK))
+	}
+	for _, c := range []struct {
+		want    int
+		headers []string
+	}{
+		{http.StatusOK, []string{"X-Api-Key", outer.secret}},
+		{http.StatusOK, []string{"X-Api-Key", foreign}},
+		{http.StatusUnauthorized, nil},
+		{http.StatusBadRequest, []string{"X-Api-Key", outer.secret, "Authorization", "Bearer " + foreign}},
+		{http.StatusBadRequest, []string{"X-Api-Key", outer.secret, "Authorization", "Bearer " + key.Generate()}},
+	} {
+		outer.must(t, c.want, newRequest(http.MethodGet, "/x", c.headers...), behind)
+	}
+}

@@ -165,7 +165,6 @@ type answer struct {
 	verdict window.Verdict
 
 	finished   bool
-	finishedAt int        // how many headers there were then
 	unseen     bool       // others write the body
 	operator   [][]string // values that were there before the guard: of the enforced headers, then of the fallbacks
 	serverName string     // operator's Server header
@@ -265,7 +264,6 @@ func (a *answer) finish(h http.Header) {
 	if a.origin != "" {
 		a.guard.cors.actual(a.origin, h)
 	}
-	a.finishedAt = len(h)
 }
 
 func (a *answer) dropBackendHeaders(h http.Header) {
@@ -303,7 +301,7 @@ func (a *answer) dropTrailerNames(h http.Header) {
 // finishTrailers does the same for trailers that nobody announced, which
 // handlers add to the header map after the body.
 func (a *answer) finishTrailers(h http.Header) {
-	if a.route == open || len(h) == a.finishedAt {
+	if a.route == open {
 		return
 	}
 	for name := range h {

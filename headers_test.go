@@ -361,3 +361,20 @@ func TestDropsOddNames(t *testing.T) {
 		}
 	}
 }
+
+// A writer outside that deletes a header, as Caddy's `header -Name` does, hides
+// no trailer.
+func TestTrailersBesideDeletedHeaders(t *testing.T) {
+	r := newRig(t, new(Guard))
+	resp := r.must(t, http.StatusOK, r.chat(), func(w http.ResponseWriter, _ *http.Request) error {
+		w.WriteHeader(http.StatusOK)
+		h := w.Header()
+		h.Del("Referrer-Policy")
+		h.Set(http.TrailerPrefix+"X-Ratelimit-Limit", "7")
+		h.Set(http.TrailerPrefix+"Digest", "d")
+		return nil
+	})
+	if resp.Trailer.Get("X-Ratelimit-Limit") != "" || resp.Trailer.Get("Digest") != "d" {
+		t.Errorf("trailers %v", resp.Trailer)
+	}
+}

@@ -157,7 +157,6 @@ type zone struct {
 type account struct {
 	window.State
 	successes successLog
-	swept     atomic.Bool // keys that remember it must look again
 }
 
 // account finds a key's account without a lock or a map: the key of this
@@ -167,7 +166,7 @@ func (z *zone) account(k *key.Key) *account {
 	if slots != nil {
 		for i := range *slots {
 			if slot := &(*slots)[i]; slot.Owner == any(z) {
-				if acc := slot.State.(*account); !acc.swept.Load() {
+				if acc := slot.State.(*account); !acc.Retired() {
 					return acc
 				}
 			}
@@ -218,8 +217,7 @@ func (z *zone) sweep(now window.Tick, known func(id string) bool) {
 		shard := &z.shards[i]
 		shard.mu.Lock()
 		for id, acc := range shard.accounts {
-			if !known(id) && acc.Idle(now) {
-				acc.swept.Store(true)
+			if !known(id) && acc.Retire(now) {
 				delete(shard.accounts, id)
 			}
 		}

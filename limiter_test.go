@@ -315,7 +315,7 @@ func TestRotatedKeysLeaveNothing(t *testing.T) {
 	if got := g.zone.accounts(); got != 3 {
 		t.Errorf("%d accounts, want those of the file's key, of the guard's, and of one whose window is not empty", got)
 	}
-	if ofGuard.swept.Load() || accountOf(t, g, own) != ofGuard {
+	if ofGuard.Retired() || accountOf(t, g, own) != ofGuard {
 		t.Error("a change of the file took the account of a guard's key")
 	}
 	r.write(path, keysJSON(busy), time.Now().Add(-time.Hour))

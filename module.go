@@ -196,12 +196,14 @@ func (g *Guard) provisionRules() error {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (g *Guard) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	if outer, ok := caddyhttp.GetVar(r.Context(), exchangeVar).(*exchange); ok {
+	earlier := caddyhttp.GetVar(r.Context(), exchangeVar)
+	if outer, ok := earlier.(*exchange); ok {
 		return g.serveInner(outer, w, r, next)
 	}
 	method, uri := originalTarget(r)
 	rt, badPath := g.paths.classify(method, uri)
 	x := newExchange(g, w, r, rt, uri)
+	x.left, _ = earlier.(*openCredential)
 	x.begin(w.Header())
 	if rt == open {
 		return x.passOpen(next)
@@ -235,8 +237,8 @@ func (g *Guard) serve(x *exchange, badPath bool, next caddyhttp.Handler) (err er
 func (g *Guard) decide(x *exchange) *refusal {
 	h := x.request.Header
 	secret, why := readCredential(h)
-	if why == reasonMissingKey {
-		secret, why = x.openCredential()
+	if x.left != nil {
+		secret, why = x.left.secret, x.left.why
 	}
 	if why == reasonNone {
 		x.secret = secret
@@ -287,6 +289,10 @@ func (g *Guard) admit(x *exchange) *refusal {
 	t := g.tierOf(x.key)
 	acc := g.zone.account(x.key)
 	v := acc.Admit(g.clock.tick(), t.limits)
+	for v.Outcome == window.Retired { // swept since it was looked up
+		acc = g.zone.account(x.key)
+		v = acc.Admit(g.clock.tick(), t.limits)
+	}
 	if x.tier == nil || v.Outcome != window.Admitted || v.Remaining < x.verdict.Remaining {
 		x.tier, x.verdict = t, v
 	}

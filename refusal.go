@@ -274,7 +274,7 @@ func (f *refusal) body(d dialect, requestID string) ([]byte, string) {
 		if f.status == http.StatusGatewayTimeout {
 			detail.Status = "DEADLINE_EXCEEDED"
 		}
-		if f.status == http.StatusTooManyRequests {
+		if f.status == http.StatusTooManyRequests && f.wait > 0 {
 			delay := strconv.FormatFloat(ceilTo(f.wait, time.Millisecond).Seconds(), 'f', -1, 64) + "s"
 			detail.Details = []retryInfo{{"type.googleapis.com/google.rpc.RetryInfo", delay}}
 		}

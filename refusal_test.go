@@ -261,3 +261,11 @@ func TestRefusalAnswers(t *testing.T) {
 		}
 	}
 }
+
+// A limit behind the guard tells no time, so none is made up for it.
+func TestRefusalBehindHasNoRetryInfo(t *testing.T) {
+	body, _ := refusalOf(caddyhttp.Error(http.StatusTooManyRequests, errors.New("inner limit"))).body(dialectGemini, "req")
+	if strings.Contains(string(body), "RetryInfo") {
+		t.Errorf("%s", body)
+	}
+}

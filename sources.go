@@ -84,8 +84,10 @@ type keyFile struct {
 	path    string
 	info    os.FileInfo  // nil: it could not be opened
 	settled bool         // it will not change again under the same time stamp
-	records []key.Record // the last good ones
-	err     error        // why those are not what the file holds
+	fresh   []key.Record // as last parsed
+	records []key.Record // in use, or tried
+	good    []key.Record // as last put in use
+	err     error        // why fresh is not what the file holds
 }
 
 // pollInterval is how soon a changed key file is noticed. Polling sees what
@@ -106,12 +108,11 @@ func (f *keyFile) differs() bool {
 	return !os.SameFile(info, f.info) || info.Size() != f.info.Size() || !info.ModTime().Equal(f.info.ModTime())
 }
 
-// read parses the file and remembers which version of it that was. If it is
-// bad, its last good records stay.
+// read parses the file and remembers which version of it that was.
 func (f *keyFile) read() {
 	var records []key.Record
 	if records, f.err = f.parse(); f.err == nil {
-		f.records = records
+		f.fresh, f.records = records, records
 	}
 }
 
@@ -152,27 +153,26 @@ func (a *App) pollFiles(ctx context.Context) {
 	}
 }
 
-// pollOnce reads the key files that changed and puts them all in use at once:
-// a key that moves from one file to another is in both or neither for a while.
+// pollOnce reads the key files that changed and puts them in use at once: a
+// key that moves from one file to another is in both or neither for a while.
 func (a *App) pollOnce() {
-	read, changed := false, false
+	read, parsed, changed := false, false, false
 	for _, f := range a.files {
 		differs := f.differs()
 		if differs || !f.settled {
 			f.read()
-			read = true
+			read, parsed = true, parsed || f.err == nil
 		}
 		changed = changed || differs
 	}
 	if read {
-		a.useFiles(changed)
+		a.useFiles(parsed, changed)
 		a.forgetRecords()
 	}
 }
 
-// useFiles puts the last good records of every file in use, unless they
-// contradict each other or another source: then what was in use stays.
-func (a *App) useFiles(changed bool) {
+// useFiles puts in use what was parsed, and tells how that went.
+func (a *App) useFiles(parsed, changed bool) {
 	var errs []error
 	for _, f := range a.files {
 		if f.err != nil {
@@ -180,15 +180,15 @@ func (a *App) useFiles(changed bool) {
 		}
 	}
 	state := *a.keyState.Load()
-	// One file that is bad has no new records, and its last good ones may be forgotten.
-	if len(a.files) > 1 || len(errs) == 0 {
-		set, keys, assembled, err := a.assemble()
-		if err == nil {
+	if parsed {
+		set, keys, assembled, err := a.assembleFiles()
+		if err != nil {
+			errs = append(errs, err)
+		}
+		if set != nil {
 			a.keyring.Replace(set, keys)
 			sweepZones(monotonicTick(), set.Has)
 			state = assembled
-		} else {
-			errs = append(errs, err)
 		}
 	}
 	err := firstErrors(errs)
@@ -206,9 +206,46 @@ func (a *App) useFiles(changed bool) {
 	}
 }
 
+// assembleFiles joins all files as they stand. If they contradict each other or
+// another source, it joins those that can be without the others: a mistake in
+// one file must not hold up a revocation in another. set is nil if none can.
+func (a *App) assembleFiles() (set *key.Set, keys []*key.Key, state keyState, err error) {
+	for _, f := range a.files {
+		f.records = f.fresh
+	}
+	if set, keys, state, err = a.assemble(); err == nil || len(a.files) == 1 {
+		if err != nil {
+			set = nil
+		}
+		a.keepRecords()
+		return set, keys, state, err
+	}
+	for _, f := range a.files {
+		f.records = f.good
+	}
+	for _, f := range a.files {
+		f.records = f.fresh
+		if _, _, _, bad := a.assemble(); bad != nil {
+			f.records = f.good
+		}
+	}
+	set, keys, state, bad := a.assemble()
+	if bad != nil {
+		return nil, nil, state, err
+	}
+	a.keepRecords()
+	return set, keys, state, err
+}
+
+func (a *App) keepRecords() {
+	for _, f := range a.files {
+		f.good = f.records
+	}
+}
+
 // forgetRecords frees what is only needed to join a file with others.
 func (a *App) forgetRecords() {
-	if len(a.files) == 1 {
-		a.files[0].records = nil
+	if f := a.files[0]; len(a.files) == 1 {
+		f.fresh, f.records, f.good = nil, nil, nil
 	}
 }

@@ -458,6 +458,26 @@ func TestKeyFileContradictsOtherSources(t *testing.T) {
 	}
 }
 
+// Nor does one that contradicts the configuration: what the other one ends has ended.
+func TestOneContradictoryFileOfTwo(t *testing.T) {
+	a, b := key.Generate(), key.Generate()
+	first, second := writeKeyFile(t, keysJSON(a)), writeKeyFile(t, keysJSON(b))
+	r := newReloading(t, first, second)
+	past := time.Now().Add(-time.Minute)
+	r.write(first, strings.Replace(keysJSON(a), `"pro"`, `"prro"`, 1), past)
+	if got := r.poll(); got != fileBad || !r.has(a) || !r.has(b) {
+		t.Fatalf("logged %q, keys %v %v", got, r.has(a), r.has(b))
+	}
+	r.write(second, `{"keys": []}`, past)
+	if r.poll(); !r.has(a) || r.has(b) {
+		t.Errorf("keys %v %v", r.has(a), r.has(b))
+	}
+	r.write(first, keysJSON(), past.Add(time.Second))
+	if got := r.poll(); got != fileLoaded || r.has(a) || r.has(b) {
+		t.Errorf("mended: logged %q, keys %v %v", got, r.has(a), r.has(b))
+	}
+}
+
 // One bad file does not keep another one's changes from being used.
 func TestOneBadFileOfTwo(t *testing.T) {
 	a, b, c := key.Generate(), key.Generate(), key.Generate()

@@ -27,6 +27,7 @@ const (
 	Admitted   Outcome = iota
 	WindowFull         // a request limit is reached
 	Busy               // as many requests are in flight as the limits allow
+	Retired            // nothing was decided: the State was given up, its owner has another
 )
 
 // Verdict is the answer to one request. All of it comes from one look at the
@@ -66,7 +67,8 @@ type State struct {
 	mu       sync.Mutex
 	clock    Tick // time of the latest decision under mu; no log is behind it
 	inFlight atomic.Int32
-	first    log // inline, as most tiers have one window
+	retired  atomic.Bool // written under mu
+	first    log         // inline, as most tiers have one window
 }
 
 // block is the latest refusal by a full window, kept so that those after it
@@ -103,7 +105,11 @@ func (s *State) Admit(now Tick, l *Limits) (v Verdict) {
 		return v
 	}
 	s.mu.Lock()
-	s.decide(&v, now, l)
+	if s.retired.Load() {
+		v.Outcome = Retired
+	} else {
+		s.decide(&v, now, l)
+	}
 	s.mu.Unlock()
 	return v
 }
@@ -132,11 +138,21 @@ func (s *State) Refund(at Tick, l *Limits) {
 	s.blocked.Store(nil)
 }
 
-// Idle reports whether at now nothing is left of the State: no slot is taken
-// and no admission counts. A State that is idle and forgotten is not missed.
-func (s *State) Idle(now Tick) bool {
+// Retire gives the State up if at now nothing is left of it: no slot is taken
+// and no admission counts. From then on it admits nobody, so that whoever still
+// holds it must ask for the State that took its place.
+func (s *State) Retire(now Tick) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	idle := s.idle(now)
+	s.retired.Store(s.retired.Load() || idle)
+	return idle
+}
+
+// Retired reports whether the State was given up.
+func (s *State) Retired() bool { return s.retired.Load() }
+
+func (s *State) idle(now Tick) bool {
 	s.advance(now)
 	s.blocked.Store(nil)
 	for g := &s.first; g != nil; g = g.next {

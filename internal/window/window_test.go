@@ -494,3 +494,32 @@ func TestNoAllocations(t *testing.T) {
 		t.Errorf("a repeated refusal allocates %v times", n)
 	}
 }
+
+// Idle asks what Retire asks, and leaves the State in use.
+func (s *State) Idle(now Tick) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.idle(now)
+}
+
+func TestRetire(t *testing.T) {
+	l, err := NewLimits([]Limit{{1, time.Second}}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s State
+	if v := s.Admit(1, l); v.Outcome != Admitted || s.Retire(1) || s.Retired() {
+		t.Fatal("a State in use is given up")
+	}
+	s.Release()
+	if s.Retire(Tick(time.Second/time.Microsecond)) || s.Admit(2, l).Outcome != WindowFull {
+		t.Fatal("a State with an admission in its window is given up")
+	}
+	later := Tick(2 * time.Second / time.Microsecond)
+	if !s.Retire(later) || !s.Retired() {
+		t.Fatal("an idle State is kept")
+	}
+	if v := s.Admit(later, l); v.Outcome != Retired || s.InFlight() != 0 {
+		t.Errorf("a retired State decides: %v", v)
+	}
+}
