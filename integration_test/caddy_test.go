@@ -56,6 +56,26 @@ type server struct {
 	done  chan struct{}
 }
 
+// realCaddy builds the program that users run: without the race detector, which
+// slows the guard's own code more than the rest, and without testcaddy's handlers.
+func realCaddy(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(filepath.Dir(binary), "caddy")
+	buildReal.Do(func() {
+		build := exec.Command("go", "build", "-o", path, "./cmd/caddy")
+		build.Dir = ".."
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Errorf("building cmd/caddy: %v\n%s", err, out)
+		}
+	})
+	if _, err := os.Stat(path); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+var buildReal sync.Once
+
 // lockedBuffer collects the output of a process that still runs.
 type lockedBuffer struct {
 	mu  sync.Mutex
@@ -89,6 +109,11 @@ func freePort(t testing.TB) int {
 // stands for the admin address and DIR for the process's own directory; env
 // are further NAME=value settings. It fails the test if Caddy doesn't come up.
 func start(t testing.TB, caddyfile string, env ...string) *server {
+	t.Helper()
+	return startBinary(t, binary, caddyfile, env...)
+}
+
+func startBinary(t testing.TB, binary, caddyfile string, env ...string) *server {
 	t.Helper()
 	dir := t.TempDir()
 	s := &server{t: t, dir: dir, admin: fmt.Sprintf("127.0.0.1:%d", freePort(t)), log: new(lockedBuffer), done: make(chan struct{})}

@@ -24,12 +24,7 @@ import (
 func startFirstRun(t *testing.T, caddyfile string) *server {
 	t.Helper()
 	dir := t.TempDir()
-	caddy := filepath.Join(t.TempDir(), "caddy")
-	build := exec.Command("go", "build", "-o", caddy, "./cmd/caddy")
-	build.Dir = ".."
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("building cmd/caddy: %v\n%s", err, out)
-	}
+	caddy := realCaddy(t)
 	s := &server{t: t, dir: dir, admin: fmt.Sprintf("127.0.0.1:%d", freePort(t)), log: new(lockedBuffer), done: make(chan struct{})}
 	s.write("first.Caddyfile", caddyfile)
 	httpsPort := freePort(t)

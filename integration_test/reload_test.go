@@ -152,9 +152,9 @@ http://127.0.0.1:%d {
 	%s
 }`, plainPort, generation, proxy)
 	}
-	guarded.server = start(t, guarded.caddyfile(0), "ZEJZL_API_KEY_L="+loadSecret+":load",
+	guarded.server = startBinary(t, realCaddy(t), guarded.caddyfile(0), "ZEJZL_API_KEY_L="+loadSecret+":load",
 		"ZEJZL_API_KEY_F="+fullSecret+":full", "ZEJZL_API_KEY_C="+countSecret+":count")
-	plain.server = start(t, plain.caddyfile(0))
+	plain.server = startBinary(t, realCaddy(t), plain.caddyfile(0))
 
 	client := loadClient(t)
 	for range 2 {
@@ -197,6 +197,9 @@ http://127.0.0.1:%d {
 	counted := 0
 	wg.Go(func() {
 		for ctx.Err() == nil {
+			for range 2 { // the same to plain Caddy
+				_, _ = fetch(client, plain.url, "")
+			}
 			if got, err := fetch(client, guarded.url, fullSecret); err == nil && got.status != http.StatusTooManyRequests {
 				t.Errorf("status %d for a key with a full window of an hour: the window was lost", got.status)
 			}
