@@ -110,7 +110,21 @@ func (r *reloading) step(t *testing.T) {
 	}
 }
 
+// TestReloadsUnderLoad measures again before it believes that reloads with the
+// guard break more connections: a difference that is real shows twice.
 func TestReloadsUnderLoad(t *testing.T) {
+	for range 2 {
+		if !reloadUnderLoad(t) {
+			return
+		}
+	}
+	t.Error("twice more transport errors than plain Caddy in the same run, beyond noise")
+}
+
+// reloadUnderLoad tells whether the guard had more transport errors than noise
+// explains. Whatever else goes wrong fails the test at once.
+func reloadUnderLoad(t *testing.T) (more bool) {
+	t.Helper()
 	const countLimit = 100
 	loadSecret, fullSecret, countSecret := randomSecret(), randomSecret(), randomSecret()
 	// Caddy closes a dropped configuration's idle connections to the backend at
@@ -225,7 +239,7 @@ http://127.0.0.1:%d {
 
 	t.Logf("%d reloads of each; guard: %d calls, faults %v; plain Caddy: %d calls, faults %v",
 		guarded.reloads, guarded.calls, guarded.faults, plain.calls, plain.faults)
-	compareFaults(t, guarded, plain)
+	more = compareFaults(t, guarded, plain)
 	if counted != countLimit {
 		t.Errorf("%d calls admitted over all reloads, want exactly the limit %d", counted, countLimit)
 	}
@@ -234,6 +248,7 @@ http://127.0.0.1:%d {
 	}
 	client.CloseIdleConnections()
 	guarded.resourcesReturnTo(before)
+	return more
 }
 
 // compareFaults allows the guard no fault but transport errors, and of those no
@@ -241,7 +256,7 @@ http://127.0.0.1:%d {
 // clients or of none, so errors come in clusters; how much the difference of
 // the two scatters is taken from the reloads themselves. Three standard
 // deviations of its sum, and one error where there are hardly any, are noise.
-func compareFaults(t *testing.T, guarded, plain *reloading) {
+func compareFaults(t *testing.T, guarded, plain *reloading) (more bool) {
 	t.Helper()
 	if guarded.calls < 100 || plain.calls < 100 {
 		t.Errorf("%d and %d calls prove nothing", guarded.calls, plain.calls)
@@ -259,10 +274,8 @@ func compareFaults(t *testing.T, guarded, plain *reloading) {
 		variance += d * d / (n - 1)
 	}
 	noise := 1 + 3*math.Sqrt(n*variance)
-	t.Logf("noise of the difference: %.1f", noise)
-	if g-p > noise {
-		t.Errorf("guard: %.0f transport errors, plain Caddy in the same run %.0f: more than noise of %.1f", g, p, noise)
-	}
+	t.Logf("transport errors: guard %.0f, plain Caddy in the same run %.0f; noise of the difference %.1f", g, p, noise)
+	return g-p > noise
 }
 
 // resources are what a configuration must give back when it ends.
